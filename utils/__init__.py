@@ -1,0 +1,1 @@
+"""Everything around the model: configuration, processes, data, checkpoints, the training loop."""

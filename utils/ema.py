@@ -1,0 +1,20 @@
+"""Exponential moving average of the weights."""
+
+import copy
+
+import torch
+
+
+class EMA:
+    """`ema.net` is a frozen copy of `net` whose weights follow it: w_ema <- decay * w_ema + (1 - decay) * w."""
+
+    def __init__(self, net, decay):
+        self.decay = decay
+        self.net = copy.deepcopy(net).eval().requires_grad_(False)
+        self.averages = list(self.net.parameters())
+        self.sources = list(net.parameters())
+
+    @torch.no_grad()
+    def update(self):
+        """Follow the source weights by one step."""
+        torch._foreach_lerp_(self.averages, [p.detach() for p in self.sources], 1.0 - self.decay)

@@ -1,0 +1,150 @@
+"""What a run says: the console, log.txt, metrics.jsonl, TensorBoard and Weights & Biases. Only rank 0 speaks."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from utils import distributed
+
+
+def say(text=""):
+    """Print on rank 0."""
+    if distributed.is_main():
+        print(text, flush=True)
+
+
+def format_seconds(seconds):
+    """93784 -> '1d 2h 3m', 75 -> '1m 15s'."""
+    seconds = int(round(seconds))
+    units = [(seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"), (seconds % 60, "s")]
+    first = next((i for i, (count, _) in enumerate(units) if count), 3)
+    return " ".join(f"{count}{name}" for count, name in units[first:first + 3] if count or name == "s" or first < 3)
+
+
+class Progress:
+    """A tqdm bar on a terminal; elsewhere a plain line about every `every_s` seconds with rate and time left."""
+
+    def __init__(self, total, desc, unit="it", initial=0, every_s=15.0):
+        self.total, self.desc, self.unit = total, desc, unit
+        self.initial = self.done = initial
+        self.started = self.last_line = time.monotonic()
+        self.every_s = every_s
+        self.bar = None
+        if distributed.is_main() and sys.stderr.isatty():
+            from tqdm import tqdm
+            self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True,
+                            unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000)
+
+    def update(self, count=1, note=""):
+        """Report `count` more units done; `note` is shown beside the numbers."""
+        self.done += count
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(count)
+        elif time.monotonic() - self.last_line >= self.every_s:
+            self._line(note)
+
+    def _line(self, note=""):
+        self.last_line = time.monotonic()
+        elapsed = self.last_line - self.started
+        rate = (self.done - self.initial) / elapsed if elapsed > 0 else 0.0
+        total = f"/{self.total}" if self.total else ""
+        left = f", {format_seconds((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
+        say(f"{self.desc}: {self.done}{total} {self.unit}, {rate:.3g} {self.unit}/s{left}" + (f", {note}" if note else ""))
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+        else:
+            self._line()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()
+
+
+class RunLog:
+    """The files of one run's folder. metrics.jsonl holds each logged step once, also after a resume.
+
+    folder: the experiment folder; `tensorboard` and `wandb` switch those sinks on.
+    position: `position` of the state that the run resumes from (None: a new run); what was logged after it is cut off.
+    """
+
+    def __init__(self, folder, position=None, tensorboard=False, wandb=False, config=None):
+        self.metrics_file = self.text_file = self.board = self.wandb = None
+        if not distributed.is_main():
+            return
+        folder = Path(folder)
+        self.text_file = open(folder / "log.txt", "a", buffering=1)
+        self.metrics_file = open(folder / "metrics.jsonl", "ab")
+        self._cut(position or 0)
+        step = json.loads(self._last_line(folder))["step"] if position else 0
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        if wandb:
+            self.wandb = _start_wandb(folder, config)
+
+    def _cut(self, position):
+        size = self.metrics_file.seek(0, os.SEEK_END)
+        if size < position:
+            raise ValueError(f"{self.metrics_file.name} has {size} bytes but the checkpoint was written when it had {position}; "
+                             f"restore the file, or move it away together with newer checkpoints")
+        self.metrics_file.truncate(position)
+        self.metrics_file.seek(0, os.SEEK_END)
+
+    @staticmethod
+    def _last_line(folder):
+        return (folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+
+    @property
+    def position(self):
+        """Bytes of metrics.jsonl that are safely on disk (0 on ranks that do not write)."""
+        if self.metrics_file is None:
+            return 0
+        self.metrics_file.flush()
+        os.fsync(self.metrics_file.fileno())
+        return self.metrics_file.tell()
+
+    def say(self, text):
+        """Console and log.txt."""
+        say(text)
+        if self.text_file is not None:
+            self.text_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    def metrics(self, step, values):
+        """One line of metrics.jsonl (`step` first), and the same numbers to TensorBoard and wandb."""
+        if self.metrics_file is None:
+            return
+        self.metrics_file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        self.metrics_file.flush()
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        if self.board is not None:
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+
+    def picture(self, step, name, images):
+        """Show a grid (H, W, 3) uint8 in TensorBoard."""
+        if self.board is not None:
+            self.board.add_image(name, images, step, dataformats="HWC")
+
+    def close(self):
+        for sink in (self.text_file, self.metrics_file, self.board):
+            if sink is not None:
+                sink.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _start_wandb(folder, config):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ValueError("log.wandb=true needs the package wandb: pip install wandb, or log.wandb=false") from error
+    return wandb.init(dir=str(folder), name=folder.name, id=folder.name, resume="allow", config=config)

@@ -1,0 +1,84 @@
+"""Number formats: autocast, loss scaling, TF32, determinism. The only file that sets them."""
+
+import contextlib
+import os
+
+import torch
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def effective_amp(amp, device):
+    """The format that `amp` ("fp16", "bf16", "no") means on `device`: CPUs have no fp16 training and use float32 instead."""
+    return "no" if amp == "fp16" and device.type == "cpu" else amp
+
+
+def autocast(amp, device):
+    """Context in which the network's matrix products run in `amp`'s format."""
+    amp = effective_amp(amp, device)
+    if amp == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=DTYPES[amp])
+
+
+def setup_backends(tf32, deterministic):
+    """Set the process-wide switches of a run, once, from its script.
+
+    tf32: float32 matrix products on GPUs may round their inputs to TF32 (10 bits of mantissa).
+    deterministic: GPU kernels whose result does not depend on thread order, which exact resume needs.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    torch.backends.cudnn.allow_tf32 = tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # True also fills every new tensor with NaN to catch reads of uninitialised memory: a debugging aid that costs a pass
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+class Stepper:
+    """One optimizer step in any precision: loss scaling, clipping, and skipping of steps with NaN or Inf gradients.
+
+    Nothing here waits for the GPU: whether a step is skipped is a number on the device, which fused AdamW reads itself.
+    `bad_steps` (2,) int64 on the device counts skipped steps: [in a row until now, in all].
+    """
+
+    def __init__(self, optimizer, amp, device, grad_clip=0.0):
+        self.optimizer, self.grad_clip = optimizer, grad_clip
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=effective_amp(amp, device) == "fp16")
+        self.bad_steps = torch.zeros(2, dtype=torch.int64, device=device)
+
+    def backward(self, loss):
+        """Add the gradients of the scaled loss (a scalar)."""
+        self.scaler.scale(loss).backward()
+
+    def step(self):
+        """Unscale, clip, update the weights unless a gradient is NaN or Inf, clear the gradients.
+
+        Returns the gradient norm before clipping, a scalar on the device (NaN or Inf when the step was skipped).
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
+        bad = ~torch.isfinite(norm)
+        if self.grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.found_inf = bad.float()  # the same contract by which GradScaler tells fused AdamW to skip
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps += 1
+        self.bad_steps *= torch.stack([bad, torch.ones_like(bad)])
+        self.bad_steps[1] -= (~bad).long()
+        return norm
+
+    def state_dict(self):
+        return {"scaler": self.scaler.state_dict(), "bad_steps": self.bad_steps.tolist()}
+
+    def load_state_dict(self, state):
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.bad_steps.copy_(torch.tensor(state["bad_steps"]))
