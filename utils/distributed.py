@@ -90,11 +90,16 @@ def broadcast_object(value):
 
 def any_rank(flag):
     """True on every process if `flag` is true on any of them."""
+    return any_of_ranks([flag])[0]
+
+
+def any_of_ranks(flags):
+    """`any_rank` for several flags in one message: list of bools in, list of bools out."""
     if not dist.is_initialized():
-        return bool(flag)
-    votes = torch.tensor([int(bool(flag))])  # a CPU tensor: gloo, so that the GPU's queue is not waited for
+        return [bool(flag) for flag in flags]
+    votes = torch.tensor([int(bool(flag)) for flag in flags])  # a CPU tensor: gloo, so that the GPU's queue is not waited for
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
+    return [bool(vote) for vote in votes.tolist()]
 
 
 def broadcast_module(module):

@@ -70,9 +70,8 @@ class Stepper:
             self.optimizer.found_inf = bad.float()  # the same contract by which GradScaler tells fused AdamW to skip
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.bad_steps += 1
-        self.bad_steps *= torch.stack([bad, torch.ones_like(bad)])
-        self.bad_steps[1] -= (~bad).long()
+        in_a_row, total = self.bad_steps
+        self.bad_steps = torch.stack([(in_a_row + 1) * bad, total + bad])
         return norm
 
     def state_dict(self):
@@ -81,4 +80,4 @@ class Stepper:
     def load_state_dict(self, state):
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.bad_steps.copy_(torch.tensor(state["bad_steps"]))
+        self.bad_steps = torch.tensor(state["bad_steps"], device=self.bad_steps.device)

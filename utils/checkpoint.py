@@ -1,0 +1,301 @@
+"""Checkpoints: written whole or not at all, verified before use, never executing what a file contains.
+
+A checkpoint is two files, NNNNNNN.pt and NNNNNNN.json (its manifest: size and sha256). The manifest is written last, so a
+checkpoint without one was interrupted and is passed over. The .pt is a dict with `model`, `ema` and `opt` as in the
+published files, and what an exact resume needs besides.
+"""
+
+import argparse
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+from utils.logging import say
+
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+def load_checkpoint(path):
+    """Read a checkpoint dict onto the CPU, ours or the published format.
+
+    Nothing in the file is executed: only tensors, plain containers and argparse.Namespace (the published `args`) are let in.
+    Raises FileNotFoundError, or ValueError saying what is wrong with the file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file")
+    problem = damage(path)
+    if problem:
+        raise ValueError(f"checkpoint {path} is damaged: {problem}; take another one, or download it again")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint {path} is refused: {_refusal(error)}") from error
+    except Exception as error:  # a damaged file can fail anywhere inside the unpickler, with any class
+        raise ValueError(f"checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)}); "
+                         f"it is damaged or not a PyTorch file") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"checkpoint {path}: wanted a dict with 'model' or 'ema', found {type(content).__name__}")
+    return content
+
+
+def load_weights(path, which="ema"):
+    """State dict of a checkpoint under the published names (`model.x_embedder.proj.weight`, ...), wrapper prefixes removed.
+
+    which: "ema" or "model". A file that is itself a state dict is returned as it is.
+    Raises FileNotFoundError, or ValueError if the file is damaged or has no such weights.
+    """
+    return weights_of(load_checkpoint(path), which, path)
+
+
+def weights_of(checkpoint, which, path):
+    """The same for a checkpoint that is already loaded; `path` is for messages."""
+    if which not in ("ema", "model"):
+        raise ValueError(f"which={which!r}: wanted 'ema' or 'model'")
+    if any(key in checkpoint for key in ("ema", "model")):
+        if not isinstance(checkpoint.get(which), dict):
+            found = ", ".join(str(key) for key in checkpoint)
+            raise ValueError(f"checkpoint {path} has no {which!r} weights; it has {found}")
+        checkpoint = checkpoint[which]
+    tensors = {strip_prefixes(name): value for name, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    if not tensors or len(tensors) != len(checkpoint):
+        raise ValueError(f"checkpoint {path} holds no state dict: wanted names with tensors")
+    return tensors
+
+
+def strip_prefixes(name):
+    """'module._orig_mod.model.pos_embed' -> 'model.pos_embed': what DDP and torch.compile put before names."""
+    while name.startswith(WRAPPER_PREFIXES):
+        name = name.removeprefix("module.").removeprefix("_orig_mod.")
+    return name
+
+
+def steps_done(checkpoint):
+    """Optimizer steps behind a checkpoint: ours say so; the published ones hold it in AdamW's state. 0 if neither does."""
+    if "step" in checkpoint:
+        return int(checkpoint["step"])
+    states = checkpoint.get("opt", {}).get("state", {})
+    return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
+
+
+def damage(path):
+    """What is wrong with a checkpoint file, or None. With a manifest beside it the whole file is checked against it."""
+    path = Path(path)
+    manifest = _manifest_path(path)
+    if manifest.is_file():
+        try:
+            wanted = json.loads(manifest.read_text())
+            size, digest = int(wanted["size"]), str(wanted["sha256"])
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+            return f"its manifest {manifest.name} is not readable"
+        if path.stat().st_size != size:
+            return f"{path.stat().st_size} bytes, its manifest says {size}"
+        if file_sha256(path) != digest:
+            return "its checksum differs from its manifest's"
+    elif zipfile.is_zipfile(path):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                bad = archive.testzip()
+        except Exception as error:  # zipfile raises many classes on damaged files
+            return _first_line(error)
+        if bad:
+            return f"the record {bad} fails its CRC"
+    return None
+
+
+def file_sha256(path):
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def find_latest(folder):
+    """Path of the newest undamaged checkpoint of a folder, or None; damaged ones are named and passed over."""
+    for path in reversed(_steps_in(folder)):
+        problem = damage(path) if _manifest_path(path).is_file() else "it has no manifest: its writing was interrupted"
+        if problem is None:
+            return path
+        say(f"checkpoint {path} is passed over: {problem}")
+    return None
+
+
+def _steps_in(folder):
+    """Checkpoint files in order of their steps."""
+    found = [path for path in Path(folder).glob("*.pt") if path.stem.isdigit()]
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def _manifest_path(path):
+    return path.with_suffix(".json")
+
+
+def _refusal(error):
+    """Name the class that PyTorch's unpickler refused, from its long message."""
+    named = re.search(r"(?:GLOBAL|class|global:?) ([\w]+\.[\w.]+)", str(error))
+    what = f"it contains {named[1]}" if named else "its pickle is not readable"
+    return f"{what}; only tensors, plain containers and argparse.Namespace are accepted, and nothing was executed"
+
+
+def _first_line(error):
+    return (str(error).splitlines() or ["no message"])[0]
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+class CheckpointWriter:
+    """Writes one run's checkpoints in the background; only rank 0 makes one.
+
+    folder: where the .pt and .json files go. keep_last: newest checkpoints kept (0: all). keep_every: checkpoints at
+    multiples of this step are kept for ever (0: none).
+    """
+
+    def __init__(self, folder, keep_last=3, keep_every=0):
+        self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
+        self.thread = self.error = None
+        self.host_copies = {}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+
+    def check_space(self, num_bytes):
+        """Raise OSError now if checkpoints of about `num_bytes` cannot be written here."""
+        probe = self.folder / "probe.tmp"
+        try:
+            probe.write_bytes(b"0")
+            probe.unlink()
+        except OSError as error:
+            raise OSError(f"checkpoint folder {self.folder} cannot be written: {error.strerror}; "
+                          f"choose another with log.results_dir") from error
+        free = shutil.disk_usage(self.folder).free
+        wanted = 2 * num_bytes  # the new one is complete before an old one goes
+        if free < wanted:
+            raise OSError(f"checkpoint folder {self.folder} has {free / 1e9:.2f} GB free, but two checkpoints of "
+                          f"{num_bytes / 1e9:.2f} GB are needed; free some space or choose another place with log.results_dir")
+
+    def save(self, step, state):
+        """Copy `state` to host memory and write it as checkpoint `step` in the background.
+
+        Waits for the previous checkpoint first. A write that failed is reported by the next call of `save` or `wait`.
+        """
+        self.wait()
+        snapshot = self._copy_to_host(state)
+        self.thread = threading.Thread(target=self._write, args=(step, snapshot), name=f"checkpoint-{step}")
+        self.thread.start()
+
+    def wait(self):
+        """Wait until the last `save` is on disk. Returns True if it is, False (after saying why) if it failed."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        error, self.error = self.error, None
+        if error is not None:
+            say(f"WARNING: {error}; the earlier checkpoints in {self.folder} are whole")
+        return error is None
+
+    def _copy_to_host(self, state, key=""):
+        """The same containers with every tensor copied into a host buffer that is reused by the next save."""
+        copy = self._copy_tree(state, ())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copy
+
+    def _copy_tree(self, value, place):
+        if isinstance(value, dict):
+            return {key: self._copy_tree(item, (*place, key)) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._copy_tree(item, (*place, i)) for i, item in enumerate(value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        buffer = self.host_copies.get(place)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self.host_copies[place] = buffer
+        return buffer.copy_(value.detach(), non_blocking=True)
+
+    def _write(self, step, state):
+        path = self.folder / f"{step:07d}.pt"
+        try:
+            write_checkpoint(path, state)
+            self._delete_old()
+        except Exception as error:  # a thread's exception is kept for the main thread to report
+            reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else _first_line(error)
+            self.error = OSError(f"checkpoint {path} was not written: {reason}")
+
+    def _delete_old(self):
+        if not self.keep_last:
+            return
+        for path in _steps_in(self.folder)[:-self.keep_last]:
+            if not (self.keep_every and int(path.stem) % self.keep_every == 0):
+                _manifest_path(path).unlink(missing_ok=True)  # first: without it the checkpoint counts for nothing
+                path.unlink()
+
+
+def write_checkpoint(path, state):
+    """Write a .pt and then its manifest, each to a temporary file that is flushed to disk and renamed."""
+    path = Path(path)
+    temporary = path.with_suffix(".pt.tmp")
+    _manifest_path(path).unlink(missing_ok=True)  # rewriting a step: the old manifest must not vouch for the new file
+    try:
+        with open(temporary, "wb") as stream:
+            hashing = _HashingStream(stream)
+            torch.save(state, hashing)
+            _flush_to_disk(stream)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    manifest = {"file": path.name, "size": path.stat().st_size, "sha256": hashing.digest.hexdigest(),
+                "step": state.get("step"), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    write_atomically(_manifest_path(path), json.dumps(manifest, indent=1).encode())
+
+
+def write_atomically(path, content):
+    """Write bytes to a temporary file beside `path`, flush them to disk, rename, and flush the folder."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "wb") as stream:
+        stream.write(content)
+        _flush_to_disk(stream)
+    os.replace(temporary, path)
+    _flush_folder(Path(path).parent)
+
+
+class _HashingStream:
+    """A write-only stream that hashes what passes through it."""
+
+    def __init__(self, stream):
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def write(self, data):
+        self.digest.update(data)
+        return self.stream.write(data)
+
+    def flush(self):
+        self.stream.flush()
+
+
+def _flush_to_disk(stream):
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def _flush_folder(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
