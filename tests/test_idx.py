@@ -1,0 +1,65 @@
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from utils.idx import FASHION_MNIST_CLASSES, load_fashion_mnist, read_idx
+
+ASSETS = Path(__file__).parents[1] / "assets" / "fashion-mnist"
+
+
+def idx_bytes(array, code):
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
+
+
+@pytest.mark.parametrize("code, stored", [(0x08, "u1"), (0x0B, ">i2"), (0x0D, ">f4")])
+@pytest.mark.parametrize("compress", [gzip.compress, bytes])
+def test_read_idx_returns_what_was_stored(tmp_path, code, stored, compress):
+    array = (np.arange(24) * 5).reshape(2, 3, 4).astype(stored)
+    path = tmp_path / "file"
+    path.write_bytes(compress(idx_bytes(array, code)))
+    read = read_idx(path)
+    assert read.dtype.isnative and read.dtype.kind == array.dtype.kind
+    np.testing.assert_array_equal(read, array)
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda data: data[:-1], "cut short"),
+    (lambda data: data[:7], "cut short"),
+    (lambda data: data + b"x", "left over"),
+    (lambda data: b"PK" + data[2:], "not an idx file"),
+    (lambda data: b"", "not an idx file"),
+    (lambda data: gzip.compress(data)[:-9], "cut short or damaged"),
+    (lambda data: gzip.compress(data)[:-8] + b"12345678", "cut short or damaged"),
+])
+def test_damaged_files_are_refused_by_name(tmp_path, damage, message):
+    path = tmp_path / "broken-idx3-ubyte"
+    path.write_bytes(damage(idx_bytes(np.ones((2, 3, 4), np.uint8), 0x08)))
+    with pytest.raises(ValueError, match=message) as error:
+        read_idx(path)
+    assert str(path) in str(error.value)
+
+
+def test_fashion_mnist_test_split_is_the_published_one():
+    images, labels = load_fashion_mnist(ASSETS, "test")
+    assert images.shape == (10_000, 32, 32) and images.dtype == np.uint8
+    assert labels.dtype == np.int64
+    assert np.bincount(labels).tolist() == [1000] * len(FASHION_MNIST_CLASSES)
+    assert not images[:, :2].any() and not images[:, :, -2:].any()
+    assert FASHION_MNIST_CLASSES[labels[0]] == "ankle boot"  # the first test image, well known
+
+
+def test_missing_split_and_unknown_split_say_what_was_wanted(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte.gz"):
+        load_fashion_mnist(tmp_path, "train")
+    with pytest.raises(ValueError, match="train, test"):
+        load_fashion_mnist(ASSETS, "t10k")
+
+
+def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((3, 28, 28), np.uint8), 0x08))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(2, np.uint8), 0x08))
+    with pytest.raises(ValueError, match="labels"):
+        load_fashion_mnist(tmp_path, "test")

@@ -1,0 +1,82 @@
+"""The idx format of MNIST and Fashion-MNIST: big-endian header, then a raw array; gzip or plain."""
+
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+FASHION_MNIST_CLASSES = (
+    "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
+)
+
+# Type codes of the format (third byte of the file); multi-byte values are big-endian.
+IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+SPLIT_PREFIXES = {"train": "train", "test": "t10k"}
+
+
+def read_idx(path):
+    """Read one idx file, gzip-compressed or plain.
+
+    Returns a writable array with the shape and type the file states, in native byte order.
+    Raises FileNotFoundError if there is no such file, ValueError (naming the file) if it is not idx,
+    is cut short or has bytes left over.
+    Source: the format's description on the MNIST page (LeCun, Cortes, Burges).
+    """
+    path = Path(path)
+    data = _read_bytes(path)
+    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in IDX_DTYPES:
+        raise ValueError(f"{path} is not an idx file: it starts with {data[:4].hex() or 'nothing'}, wanted 0000TTNN "
+                         f"(type, number of dimensions)")
+    dtype, num_dims = np.dtype(IDX_DTYPES[data[2]]), data[3]
+    header_bytes = 4 + 4 * num_dims
+    if len(data) < header_bytes:
+        raise ValueError(f"{path} is cut short: {len(data)} bytes, its header alone has {header_bytes}; fetch it again")
+    shape = struct.unpack(f">{num_dims}I", data[4:header_bytes])
+    wanted = header_bytes + int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if len(data) != wanted:
+        state = "is cut short" if len(data) < wanted else "has bytes left over"
+        raise ValueError(f"{path} {state}: {len(data)} bytes, its header (shape {shape}) wants {wanted}; fetch it again")
+    array = np.frombuffer(data, dtype, offset=header_bytes).reshape(shape)
+    return array.astype(dtype.newbyteorder("="))
+
+
+def load_fashion_mnist(folder, split):
+    """Load one split of Fashion-MNIST (or MNIST), padded with black from 28x28 to 32x32.
+
+    folder: holds `train-*` or `t10k-*` idx files under their published names, gzip or plain.
+    split: "train" (60,000 images) or "test" (10,000).
+    Returns images (N, 32, 32) uint8 and labels (N,) int64.
+    Raises ValueError for another split or files that do not fit together, FileNotFoundError for a missing file.
+    """
+    if split not in SPLIT_PREFIXES:
+        raise ValueError(f"split={split!r} is unknown; wanted one of {', '.join(SPLIT_PREFIXES)}")
+    prefix = SPLIT_PREFIXES[split]
+    images_path = _find(folder, f"{prefix}-images-idx3-ubyte")
+    labels_path = _find(folder, f"{prefix}-labels-idx1-ubyte")
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.shape[1:] != (28, 28) or images.dtype != np.uint8:
+        raise ValueError(f"{images_path} holds {images.dtype} of shape {images.shape}, wanted uint8 (N, 28, 28)")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{labels_path} holds labels of shape {labels.shape}, wanted {images.shape[:1]} as {images_path}")
+    return np.pad(images, ((0, 0), (2, 2), (2, 2))), labels.astype(np.int64)
+
+
+def _read_bytes(path):
+    """The file's bytes, decompressed if they are gzip (told by its first two bytes, not by the name)."""
+    data = path.read_bytes()
+    if data[:2] != b"\x1f\x8b":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is cut short or damaged gzip ({error}); fetch it again") from error
+
+
+def _find(folder, name):
+    for path in (Path(folder) / f"{name}.gz", Path(folder) / name):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"neither {name}.gz nor {name} is in {folder}")
