@@ -1,0 +1,431 @@
+"""Downloads against a local HTTP server that misbehaves in every way that has been met."""
+
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from email.utils import format_datetime
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+
+import download_assets
+from download_assets import Asset, File, Place
+from utils import download
+from utils.download import BadArchive, Patience, PlaceFailed, fetch, unzip
+
+BODY = os.urandom(300_000)          # more than four chunks, not a multiple of one
+HASTY = Patience(attempts=3, first_wait_s=0.01, longest_wait_s=2.0, connect_s=2.0, stall_s=0.3)
+PROJECT = Path(download_assets.__file__).parent
+
+
+class Site:
+    """A server on 127.0.0.1; each path has a list of answers, of which the last is repeated for ever."""
+
+    def __init__(self):
+        self.answers, self.requests, self.closing = {}, [], threading.Event()
+        site = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                site.requests.append((self.path, dict(self.headers)))
+                answers = site.answers.get(self.path, [status(404)])
+                (answers.pop(0) if len(answers) > 1 else answers[0])(self, site)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def serve(self, name, *answers):
+        """Returns the address under which the file is then asked for."""
+        self.answers["/" + name] = list(answers)
+        return self.url + name
+
+    def ranges(self):
+        """The Range header of each request so far."""
+        return [headers.get("Range") for _, headers in self.requests]
+
+    def close(self):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    site = Site()
+    yield site
+    site.close()
+
+
+def status(code, **headers):
+    def answer(handler, site):
+        handler.send_response(code)
+        for key, value in headers.items():
+            handler.send_header(key.replace("_", "-"), value)
+        handler.end_headers()
+    return answer
+
+
+def send(body=BODY, etag='"v1"', modified=None, cut=None, stall=None, length=None, honest_range=True, if_range=True):
+    """Answer 200, 206 or 416 as a good server would, but for what the arguments spoil.
+
+    cut: close after so many bytes; stall: fall silent after so many; length: what to say instead of the body's length;
+    honest_range False: ignore Range; if_range False: ignore If-Range.
+    """
+    def answer(handler, site):
+        start = 0
+        wanted, condition = handler.headers.get("Range"), handler.headers.get("If-Range")
+        if wanted and honest_range and (not if_range or condition in (etag, modified)):
+            start = int(wanted.removeprefix("bytes=").rstrip("-"))
+        if start >= len(body) and start:
+            return status(416, Content_Range=f"bytes */{len(body)}")(handler, site)
+        handler.send_response(206 if start else 200)
+        handler.send_header("Content-Length", str((len(body) if length is None else length) - start))
+        for key, value in (("ETag", etag), ("Last-Modified", modified),
+                           ("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}" if start else None)):
+            if value:
+                handler.send_header(key, value)
+        handler.end_headers()
+        rest = body[start:]
+        handler.wfile.write(rest[:min(x for x in (cut, stall, len(rest)) if x is not None)])
+        handler.wfile.flush()
+        if stall is not None:
+            site.closing.wait(5)
+    return answer
+
+
+def test_plain_download_leaves_only_the_file(site, tmp_path):
+    fetch(site.serve("f", send()), tmp_path / "sub" / "f", len(BODY), "sha256:" + hashlib.sha256(BODY).hexdigest(), HASTY)
+    assert (tmp_path / "sub" / "f").read_bytes() == BODY
+    assert os.listdir(tmp_path / "sub") == ["f"]
+
+
+@pytest.mark.parametrize("spoiled", [{"cut": 100_000}, {"stall": 100_000}], ids=["cut", "stall"])
+def test_broken_transfer_goes_on_where_it_stopped(site, tmp_path, spoiled):
+    fetch(site.serve("f", send(**spoiled), send()), tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+    first, second = site.ranges()
+    assert first is None
+    # What the last chunk held when the line broke may be lost, no more.
+    assert 100_000 - download.CHUNK_BYTES <= int(second.removeprefix("bytes=").rstrip("-")) <= 100_000
+
+
+def test_ten_cuts_are_survived_while_each_try_brings_bytes(site, tmp_path):
+    fetch(site.serve("f", *[send(cut=70_000)] * 10, send()), tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert len(site.requests) == 5          # 300,000 bytes, 70,000 at a time
+
+
+def test_server_that_ignores_range_is_read_from_the_start(site, tmp_path):
+    fetch(site.serve("f", send(cut=100_000), send(honest_range=False)), tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert site.ranges()[1] is not None
+
+
+@pytest.mark.parametrize("if_range", [True, False], ids=["If-Range honoured", "If-Range ignored"])
+def test_file_that_changed_between_tries_is_not_patched_together(site, tmp_path, if_range):
+    changed = bytes(reversed(BODY))
+    fetch(site.serve("f", send(cut=100_000), send(body=changed, etag='"v2"', if_range=if_range)), tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == changed
+
+
+def test_file_that_changes_at_every_try_ends(site, tmp_path):
+    answers = [send(cut=100_000, etag=f'"{number}"') for number in range(20)]
+    with pytest.raises(PlaceFailed, match="without progress"):
+        fetch(site.serve("f", *answers), tmp_path / "f", patience=HASTY)
+
+
+def test_date_stands_in_for_a_missing_or_weak_etag(site, tmp_path):
+    date = "Wed, 21 Oct 2015 07:28:00 GMT"
+    fetch(site.serve("f", send(cut=100_000, etag='W/"v1"', modified=date), send(etag='W/"v1"', modified=date)),
+          tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert site.requests[1][1]["If-Range"] == date
+
+
+def test_part_without_a_version_is_not_trusted(site, tmp_path):
+    (tmp_path / "f.part").write_bytes(b"x" * 100_000)
+    fetch(site.serve("f", send()), tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert site.ranges() == [None]
+
+
+def test_whole_part_of_a_killed_run_is_only_renamed(site, tmp_path):
+    (tmp_path / "f.part").write_bytes(BODY)
+    (tmp_path / "f.part.json").write_text(json.dumps({"url": "elsewhere", "etag": '"v1"', "modified": None, "total": len(BODY)}))
+    fetch(site.serve("f", send()), tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert site.ranges() == [f"bytes={len(BODY)}-"]        # answered 416: nothing was sent twice
+
+
+def test_killed_process_is_continued_by_the_next(site, tmp_path):
+    url = site.serve("f", send(stall=200_000), send())
+    code = f"from utils.download import fetch; fetch({url!r}, {str(tmp_path / 'f')!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.DEVNULL)
+    part = tmp_path / "f.part"
+    deadline = time.monotonic() + 60
+    while not (part.is_file() and part.stat().st_size >= 100_000):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    kept = part.stat().st_size
+    fetch(url, tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert site.ranges() == [None, f"bytes={kept}-"]
+
+
+def test_finished_file_is_not_asked_for_again(site, tmp_path):
+    (tmp_path / "f").write_bytes(BODY)
+    fetch(site.serve("f", send()), tmp_path / "f", len(BODY), patience=HASTY)
+    assert site.requests == []
+
+
+def test_file_of_the_wrong_size_is_replaced(site, tmp_path):
+    (tmp_path / "f").write_bytes(BODY[:1000])
+    fetch(site.serve("f", send()), tmp_path / "f", len(BODY), patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("length", [len(BODY) - 1000, len(BODY) + 1000], ids=["too short", "too long"])
+def test_wrong_length_is_refused_where_the_size_is_known(site, tmp_path, length):
+    with pytest.raises(PlaceFailed, match=f"offers {length} bytes, but the file has {len(BODY)}"):
+        fetch(site.serve("f", send(length=length)), tmp_path / "f", len(BODY), patience=HASTY)
+    assert os.listdir(tmp_path) == []
+
+
+def test_length_that_is_never_reached_ends_without_a_file(site, tmp_path):
+    with pytest.raises(PlaceFailed, match="without progress"):
+        fetch(site.serve("f", send(length=len(BODY) + 1000)), tmp_path / "f", patience=HASTY)
+    assert not (tmp_path / "f").exists()
+
+
+def test_wrong_checksum_is_refused_and_forgotten(site, tmp_path):
+    with pytest.raises(PlaceFailed, match="sha256"):
+        fetch(site.serve("f", send()), tmp_path / "f", checksum="sha256:6726825d", patience=HASTY)
+    assert os.listdir(tmp_path) == []
+
+
+def test_checksum_may_be_given_by_its_first_digits(site, tmp_path):
+    fetch(site.serve("f", send()), tmp_path / "f", checksum="sha256:" + hashlib.sha256(BODY).hexdigest()[:8], patience=HASTY)
+    assert (tmp_path / "f").is_file()
+
+
+@pytest.mark.parametrize("code", [403, 404])
+def test_refusal_is_not_retried_and_costs_no_part(site, tmp_path, code):
+    (tmp_path / "f.part").write_bytes(BODY[:1000])
+    with pytest.raises(PlaceFailed, match=str(code)):
+        fetch(site.serve("f", status(code)), tmp_path / "f", patience=HASTY)
+    assert len(site.requests) == 1
+    assert (tmp_path / "f.part").read_bytes() == BODY[:1000]
+
+
+def test_web_page_is_not_taken_for_the_file(site, tmp_path):
+    with pytest.raises(PlaceFailed, match="web page"):
+        fetch(site.serve("f", status(200, Content_Type="text/html; charset=utf-8")), tmp_path / "f", patience=HASTY)
+
+
+def test_busy_place_is_asked_again(site, tmp_path):
+    fetch(site.serve("f", status(503), status(429), send()), tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+
+
+def test_busy_place_is_given_up_after_its_attempts(site, tmp_path):
+    with pytest.raises(PlaceFailed, match="503 Service Unavailable; given up after 3 tries"):
+        fetch(site.serve("f", status(503)), tmp_path / "f", patience=HASTY)
+    assert len(site.requests) == 3
+
+
+def in_seconds(seconds):
+    return format_datetime(datetime.now(timezone.utc) + timedelta(seconds=seconds), usegmt=True)
+
+
+@pytest.mark.parametrize("moment, least, most", [("1", 1, 1), (in_seconds(-5), 0, 0), ("soon", 0.01, 0.01)])
+def test_retry_after_is_obeyed(site, tmp_path, monkeypatch, moment, least, most):
+    waits = []
+    monkeypatch.setattr(download.time, "sleep", waits.append)
+    fetch(site.serve("f", status(429, Retry_After=moment), send()), tmp_path / "f", patience=HASTY)
+    assert len(waits) == 1 and least <= waits[0] <= most
+
+
+@pytest.mark.parametrize("moment", ["3600", in_seconds(3600)], ids=["seconds", "date"])
+def test_retry_after_an_hour_sends_us_to_the_next_place(site, tmp_path, moment):
+    with pytest.raises(PlaceFailed, match="asks to wait 3[56]"):
+        fetch(site.serve("f", status(429, Retry_After=moment)), tmp_path / "f", patience=HASTY)
+
+
+def test_back_off_doubles_up_to_its_limit(site, tmp_path, monkeypatch):
+    waits = []
+    monkeypatch.setattr(download.time, "sleep", waits.append)
+    with pytest.raises(PlaceFailed):
+        fetch(site.serve("f", status(503)), tmp_path / "f", patience=Patience(attempts=6, first_wait_s=1, longest_wait_s=5))
+    assert waits == [1, 2, 4, 5, 5]
+
+
+def test_no_connection_says_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    closed = Site()
+    closed.close()
+    with pytest.raises(PlaceFailed, match="no connection .*refused"):
+        fetch(closed.url + "f", tmp_path / "f", patience=HASTY)
+    assert os.listdir(tmp_path) == []
+
+
+def test_proxy_of_the_environment_is_used(site, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("http_proxy", site.url)
+    site.answers["http://weights.invalid/f"] = [send()]
+    fetch("http://weights.invalid/f", tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+
+
+def test_two_downloads_of_one_file_do_not_mix(site, tmp_path):
+    with download._Part(tmp_path / "f"):
+        with pytest.raises(BlockingIOError, match="another process"):
+            fetch(site.serve("f", send()), tmp_path / "f", patience=HASTY)
+
+
+def test_full_disk_is_found_before_the_transfer(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    with pytest.raises(OSError, match="1000 B free, 293 KiB are needed"):
+        fetch(site.serve("f", send()), tmp_path / "f", patience=HASTY)
+
+
+def write_zip(path, members):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in members:
+            file.writestr(name, data)
+    return path
+
+
+def test_unzip_drops_the_folder_of_the_same_name(tmp_path):
+    archive = write_zip(tmp_path / "a.zip", [("a/train/data.mdb", b"12"), ("a/train/lock.mdb", b"3")])
+    assert not download.is_unzipped(archive, tmp_path)
+    unzip(archive, tmp_path)
+    assert (tmp_path / "train" / "data.mdb").read_bytes() == b"12"
+    assert not archive.exists() and download.is_unzipped(archive, tmp_path)
+    (tmp_path / "train" / "lock.mdb").unlink()
+    assert not download.is_unzipped(archive, tmp_path)
+
+
+def link():
+    member = zipfile.ZipInfo("link")
+    member.external_attr = 0o120777 << 16
+    return member
+
+
+@pytest.mark.parametrize("member", ["../evil", "/tmp/evil", "a/../../evil", link()], ids=["up", "absolute", "inside out", "link"])
+def test_unzip_refuses_what_leaves_the_folder(tmp_path, member):
+    archive = write_zip(tmp_path / "a.zip", [("good", b"1"), (member, b"/etc/passwd")])
+    with pytest.raises(BadArchive, match="link or leaves"):
+        unzip(archive, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "evil").exists()
+
+
+def test_unzip_refuses_to_write_through_a_link_that_is_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train").symlink_to(tmp_path)
+    archive = write_zip(tmp_path / "a.zip", [("train/evil", b"1")])
+    with pytest.raises(BadArchive, match="leaves"):
+        unzip(archive, tmp_path / "out")
+    assert not (tmp_path / "evil").exists()
+
+
+def test_damaged_zip_is_kept_and_named(tmp_path):
+    archive = write_zip(tmp_path / "a.zip", [("x", BODY)])
+    data = bytearray(archive.read_bytes())
+    data[1000] ^= 255
+    archive.write_bytes(data)
+    with pytest.raises(BadArchive, match="a.zip is damaged"):
+        unzip(archive, tmp_path / "out")
+    assert archive.exists() and not download.is_unzipped(archive, tmp_path / "out")
+
+
+def run_main(monkeypatch, assets, *arguments):
+    monkeypatch.setattr(download_assets, "ASSETS", assets)
+    monkeypatch.setattr(sys, "argv", ["download_assets.py", *map(str, arguments)])
+    return download_assets.main()
+
+
+def test_next_place_takes_over_and_finished_files_stay(site, tmp_path, monkeypatch, capsys):
+    for name, answer in {"one/a": send(), "one/b": status(403), "two/a": status(500), "two/b": send()}.items():
+        site.serve(name, answer)
+    places = download_assets.same_files([File("a"), File("b", len(BODY))], site.url + "one/", site.url + "two/")
+    assert run_main(monkeypatch, [Asset("set", "", places, folder="set")], "--name", "set", "--dest", tmp_path) == 0
+    assert (tmp_path / "set" / "a").read_bytes() == (tmp_path / "set" / "b").read_bytes() == BODY
+    assert f"{site.url}one/b: 403 Forbidden" in capsys.readouterr().out
+    assert [path for path, _ in site.requests] == ["/one/a", "/one/b", "/two/b"]
+
+
+def test_part_goes_on_at_a_mirror_with_the_same_etag(site, tmp_path, monkeypatch):
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    site.serve("one/f", send(cut=100_000), status(404))
+    site.serve("two/f", send())
+    places = download_assets.same_files([File("f")], site.url + "one/", site.url + "two/")
+    assert run_main(monkeypatch, [Asset("f", "", places)], "--name", "f", "--dest", tmp_path) == 0
+    assert (tmp_path / "f").read_bytes() == BODY
+    assert site.ranges()[2] == site.ranges()[1] != None      # both asked for the rest
+
+
+def test_no_place_left_is_exit_code_1_with_every_answer_and_other_names_go_on(site, tmp_path, monkeypatch, capsys):
+    site.serve("one/a", status(403))
+    site.serve("c", send())
+    assets = [Asset("bad", "", download_assets.same_files([File("a")], site.url + "one/", site.url + "two/")),
+              Asset("good", "", download_assets.same_files([File("c")], site.url))]
+    assert run_main(monkeypatch, assets, "--name", "all", "--dest", tmp_path) == 1
+    errors = capsys.readouterr().err
+    assert f"{site.url}one/a: 403 Forbidden" in errors and f"{site.url}two/a: 404 Not Found" in errors and "bad" in errors
+    assert (tmp_path / "c").read_bytes() == BODY
+
+
+def test_zip_and_its_unpacked_form_are_one_asset(site, tmp_path, monkeypatch):
+    """The second place offers the files themselves; once they are there, the zip is not asked for again."""
+    site.serve("zip/a.zip", status(403))
+    site.serve("plain/train/data.mdb", send())
+    places = (Place(site.url + "zip/", (File("a.zip", unzip=True),)), Place(site.url + "plain/", (File("train/data.mdb"),)))
+    for _ in range(2):
+        assert run_main(monkeypatch, [Asset("a", "", places, folder="a")], "--name", "a", "--dest", tmp_path) == 0
+    assert (tmp_path / "a" / "train" / "data.mdb").read_bytes() == BODY
+    assert len(site.requests) == 2
+
+
+def test_zip_is_fetched_unpacked_and_then_left_alone(site, tmp_path, monkeypatch):
+    body = write_zip(tmp_path / "source.zip", [("train/data.mdb", BODY)]).read_bytes()
+    site.serve("a.zip", send(body=body))
+    places = (Place(site.url, (File("a.zip", unzip=True),)),)
+    for _ in range(2):
+        assert run_main(monkeypatch, [Asset("a", "", places, folder="a")], "--name", "a", "--dest", tmp_path) == 0
+    assert (tmp_path / "a" / "train" / "data.mdb").read_bytes() == BODY
+    assert not (tmp_path / "a" / "a.zip").exists() and len(site.requests) == 1
+
+
+def test_unknown_name_is_told_with_the_nearest(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="maskdit-finetune9 is unknown; the nearest is maskdit-finetune[01]"):
+        run_main(monkeypatch, download_assets.ASSETS, "--name", "maskdit-finetune9", "--dest", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_list_names_every_asset(monkeypatch, capsys):
+    assert run_main(monkeypatch, download_assets.ASSETS, "--list") == 0
+    listed = capsys.readouterr().out
+    assert all(asset.name in listed and asset.places[0].files[0].name in listed for asset in download_assets.ASSETS)
+
+
+def test_table_is_sound():
+    assert len({asset.name for asset in download_assets.ASSETS}) == len(download_assets.ASSETS)
+    for asset in download_assets.ASSETS:
+        for place in asset.places:
+            assert place.url.startswith("http") and place.url.endswith("/"), asset.name
+            assert all(file.checksum == "" or file.checksum.startswith("sha256:") for file in place.files), asset.name
