@@ -10,8 +10,12 @@ from utils import distributed
 
 
 def say(text=""):
-    """Print on rank 0."""
-    if distributed.is_main():
+    """Print on rank 0, above the progress bar if one is shown."""
+    if not distributed.is_main():
+        return
+    if Progress.shown is not None:
+        Progress.shown.write(text)
+    else:
         print(text, flush=True)
 
 
@@ -23,8 +27,16 @@ def format_seconds(seconds):
     return " ".join(f"{count}{name}" for count, name in units[first:first + 3] if count or name == "s" or first < 3)
 
 
+def format_bytes(count):
+    """1536 -> '1.5 KiB'."""
+    exponent = min(max(int(count).bit_length() - 1, 0) // 10, 4)
+    return f"{count / 1024 ** exponent:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
+
+
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line about every `every_s` seconds with rate and time left."""
+    """A tqdm bar on a terminal; elsewhere a plain line every `every_s` seconds (None: no lines) with rate and time left."""
+
+    shown = None  # the bar now on the terminal
 
     def __init__(self, total, desc, unit="it", initial=0, every_s=15.0):
         self.total, self.desc, self.unit = total, desc, unit
@@ -34,8 +46,8 @@ class Progress:
         self.bar = None
         if distributed.is_main() and sys.stderr.isatty():
             from tqdm import tqdm
-            self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True,
-                            unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000)
+            self.bar = Progress.shown = tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True,
+                                             unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000)
 
     def update(self, count=1, note=""):
         """Report `count` more units done; `note` is shown beside the numbers."""
@@ -43,21 +55,27 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(count)
-        elif time.monotonic() - self.last_line >= self.every_s:
+        elif self.every_s is not None and time.monotonic() - self.last_line >= self.every_s:
             self._line(note)
 
     def _line(self, note=""):
         self.last_line = time.monotonic()
         elapsed = self.last_line - self.started
         rate = (self.done - self.initial) / elapsed if elapsed > 0 else 0.0
-        total = f"/{self.total}" if self.total else ""
+        total = f"/{self._amount(self.total)}" if self.total else ""
         left = f", {format_seconds((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
-        say(f"{self.desc}: {self.done}{total} {self.unit}, {rate:.3g} {self.unit}/s{left}" + (f", {note}" if note else ""))
+        speed = f"{format_bytes(rate)}/s" if self.unit == "B" else f"{self.unit}, {rate:.3g} {self.unit}/s"
+        comma = ", " if self.unit == "B" else " "
+        say(f"{self.desc}: {self._amount(self.done)}{total}{comma}{speed}{left}" + (f", {note}" if note else ""))
+
+    def _amount(self, count):
+        return format_bytes(count) if self.unit == "B" else str(count)
 
     def close(self):
         if self.bar is not None:
             self.bar.close()
-        else:
+            Progress.shown = None
+        elif self.every_s is not None:
             self._line()
 
     def __enter__(self):
