@@ -1,0 +1,510 @@
+"""Readers of stored latents in every known format, picked by looking at the path.
+
+| found at the path | format |
+|---|---|
+| manifest.json | own (utils/latent_store.py) |
+| data.mdb, train/data.mdb, or the .mdb file itself | LMDB of MaskDiT |
+| *.tar, or one .tar file | WebDataset shards |
+| *.safetensors, or one such file | shards of LightningDiT |
+| two folders *_features and *_labels | one .npy per image, as fast-DiT writes them |
+| class folders with .npz files | one .npz per image, as MAR writes them |
+
+All hand out VAE moments (2C, H, W). A format that holds latents instead (C, H, W: a sample or the mean) is read as moments
+whose log-variance is -30, the lowest that is used: drawing from them gives the stored latent back (standard deviation 3e-7).
+Where a format does not say which of the two it holds, 8 channels are moments of a 4-channel VAE and any other number is
+latents. Mirrored copies, where all images have one, are counted only when asked for.
+"""
+
+import io
+import json
+import os
+import tarfile
+import threading
+from math import isqrt
+from pathlib import Path
+
+import numpy as np
+
+from utils.latent_store import MANIFEST, PARTIAL, LatentSet, StoredLatents
+
+MOMENTS_CHANNELS = 8
+CERTAIN_LOGVAR = -30.0
+
+
+def open_latent_set(path, xflip=False):
+    """The `LatentSet` at `path`. xflip: count the mirrored copies too, where the set has them.
+
+    Raises FileNotFoundError, or ValueError if no known format is there or its files are damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder (stored latents wanted)")
+    for reader, finds in READERS:
+        found = finds(path)
+        if found:
+            return reader(found, xflip)
+    inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) if path.is_dir() else "a file of another kind"
+    raise ValueError(f"{path}: no stored latents found in it ({inside or 'empty'}); wanted {MANIFEST}, data.mdb, *.tar, "
+                     f"*.safetensors, *_features with *_labels, or class folders of .npz; extract_latent.py makes them of images")
+
+
+class FormatSet(LatentSet):
+    """A `LatentSet` whose files hold moments or latents, one array per image; sub-classes fill in `_array`."""
+
+    holds_latents = False
+
+    def _set_shape(self, shape, where, dtype=np.float32):
+        """Take over the stored shape (C, H, W) of one sample."""
+        if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
+            raise ValueError(f"{where}: array of shape {tuple(shape)}, wanted (channels, size, size) with even channels")
+        self.holds_latents = shape[0] != MOMENTS_CHANNELS
+        self.sample_shape = (shape[0] * (2 if self.holds_latents else 1), *shape[1:])
+        self.dtype = np.dtype(dtype)
+
+    def _read_moments(self, indices, out):
+        channels = self.sample_shape[0] // (2 if self.holds_latents else 1)
+        out[:, channels:] = CERTAIN_LOGVAR
+        wanted = (channels, *self.sample_shape[1:])
+        for row, index in zip(out[:, :channels], indices.tolist()):
+            mirrored, image = divmod(index, self.num_images)
+            array, where = self._array(image, mirrored)
+            if array.shape != wanted:
+                raise ValueError(f"{where}: array of shape {array.shape}, wanted {wanted} as the first sample's")
+            row[:] = array
+
+    def _array(self, image, mirrored):
+        """The stored array (C, H, W) of an image (or its mirrored copy), and 'file: key' for messages."""
+        raise NotImplementedError
+
+
+class LMDBLatents(FormatSet):
+    """MaskDiT's LMDB: `z-{i}` float32 moments [8, H, W], `y-{i}` ascii class, `length` ascii count; mirrored copies from i + length.
+
+    Whether there are mirrored copies is told by the key `z-{length}`. Memory-mapped, read-only, without lock file.
+    """
+
+    def __init__(self, file, xflip=False):
+        self.file, self.name = file, str(file)
+        self._check_whole()
+        with _environment(file).begin(buffers=True) as transaction:
+            self.num_images = _ascii_int(self._value(transaction, "length"), f"{file}: length")
+            if self.num_images < 1:
+                raise ValueError(f"{file}: length says {self.num_images} images")
+            size = isqrt(len(self._value(transaction, "z-0")) // (4 * MOMENTS_CHANNELS))
+            self._set_shape((MOMENTS_CHANNELS, size, size), f"{file}: z-0")
+            self.mirrored = xflip and transaction.get(f"z-{self.num_images}".encode()) is not None
+
+    def _check_whole(self):
+        """Reading past the end of a file cut short would kill the process (SIGBUS), so look before."""
+        environment = _environment(self.file)
+        wanted = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        found = self.file.stat().st_size
+        if found < wanted:
+            raise ValueError(f"{self.file} is cut short: {found} bytes, its page table wants {wanted}; fetch it again")
+
+    def _value(self, transaction, key):
+        value = transaction.get(key.encode())
+        if value is None:
+            raise ValueError(f"{self.file}: no key {key}; is this a set of latents, and complete?")
+        return value
+
+    def _read_moments(self, indices, out):
+        wanted = out[0].nbytes if len(out) else 0
+        rows = out.reshape(len(out), -1)
+        with _environment(self.file).begin(buffers=True) as transaction:
+            for row, index in zip(rows, indices.tolist()):
+                value = self._value(transaction, f"z-{index}")
+                if len(value) != wanted:
+                    raise ValueError(f"{self.file}: z-{index} has {len(value)} bytes, wanted {wanted} "
+                                     f"(float32 {self.sample_shape})")
+                row[:] = np.frombuffer(value, np.float32)
+
+    def _read_labels(self, image_indices):
+        with _environment(self.file).begin(buffers=True) as transaction:
+            return np.array([_ascii_int(self._value(transaction, f"y-{index}"), f"{self.file}: y-{index}")
+                             for index in image_indices.tolist()], np.int64)
+
+
+_environments = {}  # file -> (process id, open LMDB environment); a file may be open only once in a process
+_environments_lock = threading.Lock()
+
+
+def _environment(file):
+    """This process's LMDB environment of `file`, opened at the first call, and anew after a fork."""
+    process, environment = _environments.get(file, (None, None))
+    if process == os.getpid():
+        return environment
+    import lmdb
+    with _environments_lock:
+        process, environment = _environments.get(file, (None, None))
+        if process == os.getpid():
+            return environment
+        if environment is not None:
+            environment.close()  # the parent's: unmaps only here
+        try:
+            environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
+        except lmdb.Error as error:
+            raise ValueError(f"{file} is not a readable LMDB file ({error}); fetch it again") from error
+        _environments[file] = (os.getpid(), environment)
+        return environment
+
+
+class WebDatasetLatents(FormatSet):
+    """WebDataset tar shards, random access: members are found once by their headers, then read at their offset.
+
+    Members of a sample share the name up to the first dot. Moments or latents (see above), by what follows the dot:
+    `latent`, `latents`, `moments` (each also with `.npy`) or `npy`; without `.npy` raw little-endian float32 or float16
+    [8, H, W] are also understood. Mirrored: `latent_flip`, `latents_flip`, `moments_flip`, also with `.npy`.
+    Labels: `cls`, `label`, `cls.txt`, `label.txt` (ascii), `cls.npy`, `label.npy`, or `json` with a key `label` or `cls`.
+    Pickled members (`pyd`, `pickle`, `pth`) are refused: reading them could run code.
+    """
+
+    MOMENTS = ("moments.npy", "latents.npy", "latent.npy", "npy", "moments", "latents", "latent")
+    MIRRORED = ("moments_flip.npy", "latents_flip.npy", "latent_flip.npy", "moments_flip", "latents_flip", "latent_flip")
+    LABELS = ("cls", "label", "cls.txt", "label.txt", "cls.npy", "label.npy", "json")
+
+    def __init__(self, files, xflip=False):
+        self.name = str(files[0].parent if len(files) > 1 else files[0])
+        self.samples = [sample for file in files for sample in self._index(file)]
+        self.num_images = len(self.samples)
+        if not self.num_images:
+            raise ValueError(f"{self.name}: no sample in {len(files)} tar files")
+        self._maps = {}
+        first, where = self._array(0, False)
+        self._set_shape(first.shape, where, first.dtype)
+        self.mirrored = xflip and all(sample[3] for sample in self.samples)
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}
+
+    def _index(self, file):
+        """[(file, moments member, label member, mirrored member or None)], members as (name, offset, size)."""
+        groups = {}
+        for name, offset, size in _tar_members(file):
+            key, _, kind = name[name.rfind("/") + 1:].partition(".")
+            groups.setdefault(name[:name.rfind("/") + 1] + key, {})[kind] = (name, offset, size)
+        return [(file, *self._roles(file, key, members)) for key, members in groups.items()]
+
+    def _roles(self, file, key, members):
+        roles = [next((members[kind] for kind in kinds if kind in members), None)
+                 for kinds in (self.MOMENTS, self.LABELS, self.MIRRORED)]
+        if roles[0] is None or roles[1] is None:
+            what, kinds = ("label", self.LABELS) if roles[0] else ("moments", self.MOMENTS)
+            raise ValueError(f"{file}: sample {key} has no {what}: members {', '.join(sorted(members))}, "
+                             f"wanted one of {', '.join(kinds)} (pickles are not read)")
+        return roles
+
+    def _bytes(self, file, member):
+        mapped = self._maps.get(file)
+        if mapped is None:
+            mapped = self._maps[file] = np.memmap(file, np.uint8, "r")
+        name, offset, size = member
+        return memoryview(mapped[offset:offset + size]), f"{file}: {name}"
+
+    def _array(self, image, mirrored):
+        file, moments, _, flipped = self.samples[image]
+        data, where = self._bytes(file, flipped if mirrored else moments)
+        return (_npy_array if where.endswith(".npy") else _raw_moments)(data, where), where
+
+    def _read_labels(self, image_indices):
+        return np.array([self._label(*self.samples[image]) for image in image_indices.tolist()], np.int64)
+
+    def _label(self, file, moments, label, flipped):
+        data, where = self._bytes(file, label)
+        if where.endswith(".npy"):
+            return _scalar(_npy_array(data, where), where)
+        if where.endswith(".json"):
+            return _json_label(data, where)
+        return _ascii_int(data, where)
+
+
+class SafetensorsLatents(FormatSet):
+    """LightningDiT's shards: tensors `latents` (n, C, H, W), `latents_flip` the same, `labels` (n,), in each file.
+
+    That project stores latents before any scaling, so the VAE's own scale (0.18215 unless told otherwise) is still to be
+    applied; its per-channel statistics file is not used. float32, float16 and bfloat16 (read as float32) are understood.
+    """
+
+    def __init__(self, files, xflip=False):
+        self.name = str(files[0].parent if len(files) > 1 else files[0])
+        self.files, self.headers = files, [_safetensors_header(file) for file in files]
+        for file, header in zip(files, self.headers):
+            self._check_shard(file, header)
+        counts = [header["labels"]["shape"][0] for header in self.headers]
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self.num_images = sum(counts)
+        first = self.headers[0]["latents"]
+        self._set_shape(tuple(first["shape"][1:]), f"{files[0]}: latents",
+                        np.float16 if first["dtype"] == "F16" else np.float32)
+        self.mirrored = xflip and all("latents_flip" in header for header in self.headers)
+        self._maps = {}
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}
+
+    def _check_shard(self, file, header):
+        for key in ("latents", "labels"):
+            if key not in header:
+                raise ValueError(f"{file}: no tensor {key}; found {', '.join(header) or 'none'}")
+        count = header["labels"]["shape"][0] if header["labels"]["shape"] else None
+        wanted = [count, *self.headers[0]["latents"]["shape"][1:]]
+        for key in ("latents", "latents_flip"):
+            if key in header and header[key]["shape"] != wanted:
+                raise ValueError(f"{file}: {key} of shape {header[key]['shape']}, wanted {wanted} "
+                                 f"(labels {header['labels']['shape']}, first file {self.headers[0]['latents']['shape']})")
+
+    def _tensor(self, shard, key):
+        tensor = self._maps.get((shard, key))
+        if tensor is None:
+            tensor = self._maps[shard, key] = _safetensors_map(self.files[shard], self.headers[shard], key)
+        return tensor
+
+    def _place(self, image):
+        shard = int(np.searchsorted(self._ends, image, side="right"))
+        return shard, image - int(self._starts[shard])
+
+    def _array(self, image, mirrored):
+        shard, place = self._place(image)
+        key = "latents_flip" if mirrored else "latents"
+        array = self._tensor(shard, key)[place]
+        if self.headers[shard][key]["dtype"] == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        return array, f"{self.files[shard]}: {key}"
+
+    def _read_labels(self, image_indices):
+        places = [self._place(image) for image in image_indices.tolist()]
+        return np.array([self._tensor(shard, "labels")[place] for shard, place in places], np.int64)
+
+
+class FeatureFolderLatents(FormatSet):
+    """fast-DiT's folders: `*_features/NAME.npy` (1, 4, H, W) and `*_labels/NAME.npy` (1,), in the order of the numbers in the names.
+
+    Its latents are already multiplied by 0.18215, so scale is 1 here.
+    """
+
+    scale = 1.0
+
+    def __init__(self, folders, xflip=False):
+        features, labels = folders
+        self.name = str(features)
+        self.features = {file.name: file for file in _sorted_files(features, ".npy")}
+        self.labels = {file.name: file for file in _sorted_files(labels, ".npy")}
+        alone = sorted(self.features.keys() ^ self.labels.keys())
+        if alone:
+            raise ValueError(f"{features} and {labels}: {len(alone)} names are in only one of them, first {alone[0]}")
+        if not self.features:
+            raise ValueError(f"{features}: no .npy files")
+        self.names = list(self.features)
+        self.num_images = len(self.names)
+        first, where = self._array(0, False)
+        self._set_shape(first.shape, where, first.dtype)
+        if not self.holds_latents:
+            self.scale = LatentSet.scale  # moments come straight from the VAE
+
+    def _array(self, image, mirrored):
+        file = self.features[self.names[image]]
+        return _without_batch(_npy_array(file.read_bytes(), str(file))), str(file)
+
+    def _read_labels(self, image_indices):
+        files = [self.labels[self.names[image]] for image in image_indices.tolist()]
+        return np.array([_scalar(_npy_array(file.read_bytes(), str(file)), str(file)) for file in files], np.int64)
+
+
+class ClassFolderLatents(FormatSet):
+    """MAR's folders: CLASS/NAME.npz with `moments` and `moments_flip` (2C, H, W), whatever C; classes are the sorted folders.
+
+    The scale is Stable Diffusion's 0.18215 for a 4-channel VAE and 0.2325, MAR's own, for any other.
+    """
+
+    def __init__(self, path, xflip=False):
+        self.name = str(path)
+        folders = _class_folders(path)
+        self.class_names = [folder.name for folder in folders]
+        self.num_classes = len(folders)
+        listed = [(file, label) for label, folder in enumerate(folders) for file in _sorted_files(folder, ".npz")]
+        self.files = [file for file, _ in listed]
+        self.labels = np.array([label for _, label in listed], np.int64)
+        self.num_images = len(self.files)
+        with np.load(self.files[0], allow_pickle=False) as members:
+            self.mirrored = xflip and "moments_flip" in members
+        first, where = self._array(0, False)
+        self._set_shape(first.shape, where, first.dtype)
+        self.sample_shape, self.holds_latents = first.shape, False
+        self.scale = LatentSet.scale if first.shape[0] == MOMENTS_CHANNELS else 0.2325
+
+    def _array(self, image, mirrored):
+        file, key = self.files[image], "moments_flip" if mirrored else "moments"
+        return _npz_array(file, key), f"{file}: {key}"
+
+    def _read_labels(self, image_indices):
+        return self.labels[image_indices]
+
+
+def _find_own(path):
+    return path if path.is_dir() and ((path / MANIFEST).is_file() or (path / PARTIAL).is_dir()) else None
+
+
+def _find_lmdb(path):
+    if path.suffix == ".mdb" and path.is_file():
+        return path.resolve()
+    for file in (path / "data.mdb", path / "train" / "data.mdb"):
+        if file.is_file():
+            return file.resolve()  # one name per file: an environment may be open only once in a process
+    return None
+
+
+def _find_files(suffix):
+    def find(path):
+        if path.is_file():
+            return [path] if path.suffix == suffix else None
+        return _sorted_files(path, suffix) or None
+    return find
+
+
+def _find_features(path):
+    if not path.is_dir():
+        return None
+    for features in sorted(path.glob("*_features")):
+        labels = features.with_name(features.name.removesuffix("_features") + "_labels")
+        if labels.is_dir():
+            return features, labels
+    return None
+
+
+def _find_class_folders(path):
+    return path if path.is_dir() and any(_sorted_files(folder, ".npz") for folder in _class_folders(path)) else None
+
+
+READERS = (
+    (StoredLatents, _find_own),
+    (LMDBLatents, _find_lmdb),
+    (WebDatasetLatents, _find_files(".tar")),
+    (SafetensorsLatents, _find_files(".safetensors")),
+    (FeatureFolderLatents, _find_features),
+    (ClassFolderLatents, _find_class_folders),
+)
+
+
+def _class_folders(path):
+    return sorted((entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")),
+                  key=lambda folder: folder.name)
+
+
+def _sorted_files(folder, suffix):
+    """Files of the folder with this suffix, by name; names that are numbers by their value."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name.endswith(suffix) and not entry.name.startswith(".")]
+    def order(name):
+        stem = name.removesuffix(suffix)
+        return (0, int(stem), name) if stem.isdecimal() else (1, 0, name)
+    return [Path(folder, name) for name in sorted(names, key=order)]
+
+
+def _ascii_int(data, where):
+    text = bytes(data)[:40]
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{where} is {text!r}, wanted a whole number in ascii") from None
+
+
+def _scalar(array, where):
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{where}: {array.dtype} of shape {array.shape}, wanted one integer")
+    return int(array.reshape(()))
+
+
+def _json_label(data, where):
+    try:
+        content = json.loads(bytes(data))
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON ({error})") from error
+    for key in ("label", "cls"):
+        if isinstance(content, dict) and isinstance(content.get(key), int):
+            return content[key]
+    raise ValueError(f"{where}: no whole number under label or cls")
+
+
+def _tar_members(file):
+    """(name, offset of the data, size) of each regular file in the tar. Raises ValueError if the tar is cut short."""
+    size = os.path.getsize(file)
+    members = []
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if member.isreg():
+                    members.append((member.name, member.offset_data, member.size))
+                if member.offset_data + member.size > size:
+                    raise ValueError(f"{file} is cut short inside {member.name}: {size} bytes, "
+                                     f"wanted at least {member.offset_data + member.size}; fetch it again")
+                tar.members.clear()  # tarfile keeps every header otherwise
+    except tarfile.TarError as error:
+        raise ValueError(f"{file} is cut short or not a tar file ({error}); fetch it again") from error
+    return members
+
+
+def _without_batch(array):
+    return array[0] if array.ndim == 4 and array.shape[0] == 1 else array
+
+
+def _npy_array(data, where):
+    """The array in the bytes of a .npy file. Raises ValueError if they are cut short or hold Python objects."""
+    try:
+        stream = io.BytesIO(data)
+        return np.lib.format.read_array(stream, allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError) as error:
+        raise ValueError(f"{where}: {len(data)} bytes are not a whole .npy array of numbers ({error})") from error
+
+
+def _npz_array(file, key):
+    import zipfile
+    import zlib
+    try:
+        with np.load(file, allow_pickle=False) as members:
+            if key not in members:
+                raise KeyError(f"no {key}; found {', '.join(members.files)}")
+            return members[key]
+    except (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{file}: {key} cannot be read ({error})") from error
+
+
+def _raw_moments(data, where):
+    """Raw [8, H, H] numbers: the byte count fits a square of only one of float32 and float16."""
+    for dtype in (np.float32, np.float16):
+        values, rest = divmod(len(data), np.dtype(dtype).itemsize * MOMENTS_CHANNELS)
+        if not rest and values and isqrt(values) ** 2 == values:
+            return np.frombuffer(data, dtype).reshape(MOMENTS_CHANNELS, isqrt(values), isqrt(values))
+    raise ValueError(f"{where}: {len(data)} bytes are neither float32 nor float16 moments [8, H, H]")
+
+
+SAFETENSORS_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32}
+
+
+def _safetensors_header(file):
+    """{tensor: {dtype, shape, data_offsets from the file's start}}. Raises ValueError if damaged or cut short."""
+    size = os.path.getsize(file)
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError(f"{file} is cut short or not safetensors: header of {length} bytes in a file of {size}")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise ValueError(f"{file}: its header is not JSON ({error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    for key, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        entry["data_offsets"] = start, end
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{file}: {key} is {entry['dtype']}, wanted one of {', '.join(SAFETENSORS_DTYPES)}")
+        if end > size or end - start != np.dtype(dtype).itemsize * int(np.prod(entry["shape"], dtype=object)):
+            raise ValueError(f"{file} is cut short or damaged: {key} {entry['shape']} {entry['dtype']} lies at bytes "
+                             f"{start}..{end} of {size}; fetch it again")
+    return header
+
+
+def _safetensors_map(file, header, key):
+    entry = header[key]
+    return np.memmap(file, SAFETENSORS_DTYPES[entry["dtype"]], "r", entry["data_offsets"][0], tuple(entry["shape"]))

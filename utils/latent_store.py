@@ -1,0 +1,371 @@
+"""Stored latents, the project's own format: sharded, memory-mapped VAE moments, integer labels and a manifest.
+
+    DIR/manifest.json         written last: without it the set is not complete
+    DIR/moments-00000.npy     (n, 2C, H, W) float16 or float32, mean then log-variance, of the first shard
+    DIR/mirrored-00000.npy    the same of the mirrored images, in sets that have them
+    DIR/labels-00000.npy      (n,) int64 class indices
+    DIR/.partial/             plan, records of finished shards, files being written; gone once the set is complete
+
+`python -m utils.latent_store DIR [--verify]` says what a set holds and checks its checksums.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from utils.cli import run
+
+FORMAT, VERSION = "maskdit-latents", 1
+MANIFEST, PARTIAL = "manifest.json", ".partial"
+DTYPES = ("float16", "float32")
+SHARD_SIZE = 4096  # samples: 64 MiB of float16 moments at 256 px, and the most that an interruption costs
+
+
+class LatentSet:
+    """What every set of stored latents offers, whatever its format; sub-classes fill in `_read_moments` and `_read_labels`.
+
+    name: the path, for messages. num_images: images without their mirrored copies.
+    sample_shape: (2C, H, W) moments, mean then log-variance. dtype: of the moments as stored.
+    num_classes: 0 for a set without labels, None where the format does not say; class_names: list, maybe empty.
+    scale, shift: latents = scale * (z - shift). mirrored: sample i + num_images is image i mirrored.
+
+    Objects can be pickled and survive a fork: files are opened at the first read in each process.
+    """
+
+    name = ""
+    num_images = 0
+    sample_shape = ()
+    dtype = np.dtype(np.float32)
+    num_classes = None
+    class_names = ()
+    scale, shift = 0.18215, 0.0
+    mirrored = False
+
+    def __len__(self):
+        return self.num_images * (2 if self.mirrored else 1)
+
+    def read(self, indices):
+        """Moments (n, 2C, H, W) as stored and labels (n,) int64 of the samples `indices`.
+
+        Raises IndexError for an index outside the set, ValueError (file, key, found, wanted) for damaged data.
+        """
+        indices = np.asarray(indices, np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"{self.name} has samples 0..{len(self) - 1}, wanted {indices.min()}..{indices.max()}")
+        moments = np.empty((len(indices), *self.sample_shape), self.dtype)
+        self._read_moments(indices, moments)
+        return moments, self.read_labels(indices)
+
+    def read_labels(self, indices):
+        """Labels (n,) int64 alone; a class index outside 0..num_classes-1 is a ValueError."""
+        labels = self._read_labels(np.asarray(indices, np.int64) % self.num_images)
+        if self.num_classes is not None and len(labels):
+            top = max(self.num_classes - 1, 0)
+            if not 0 <= labels.min() <= labels.max() <= top:
+                wrong = int(np.flatnonzero((labels < 0) | (labels > top))[0])
+                raise ValueError(f"{self.name}: sample {int(indices[wrong])} has label {int(labels[wrong])}, "
+                                 f"wanted 0..{top}; is the number of classes right?")
+        return labels
+
+    def _read_moments(self, indices, out):
+        raise NotImplementedError
+
+    def _read_labels(self, image_indices):
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the content of a set; two writers with equal plans write equal bytes.
+
+    num_images: without mirrored copies and counting bad ones. made_by: the writer's own settings, JSON values by name.
+    """
+
+    num_images: int
+    sample_shape: tuple
+    dtype: str
+    mirrored: bool
+    num_classes: int
+    class_names: tuple
+    scale: float
+    shift: float
+    vae: str
+    shard_size: int = SHARD_SIZE
+    made_by: dict = field(default_factory=dict)
+
+    @property
+    def num_shards(self):
+        return -(-self.num_images // self.shard_size)
+
+    def shard_range(self, shard):
+        """Image indices of a shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
+
+
+class LatentWriter:
+    """Writes a set shard by shard, in any order and from several processes; a killed writer goes on with the next shard.
+
+    Raises ValueError if `path` holds something else than an unfinished set with the same plan.
+    """
+
+    def __init__(self, path, plan):
+        self.path, self.plan = Path(path), plan
+        self.partial = self.path / PARTIAL
+        _check_plan(plan)
+        if is_complete(self.path):
+            raise ValueError(f"{self.path} is a complete set already; choose another folder or remove it")
+        plan_file = self.partial / "plan.json"
+        if plan_file.is_file():
+            _compare_plans(self.path, json.loads(plan_file.read_text()), _plain(asdict(plan)))
+            return
+        if self.path.is_dir() and any(entry.name != PARTIAL for entry in self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and not an unfinished set; choose another folder")
+        self.partial.mkdir(parents=True, exist_ok=True)
+        _write_file(plan_file, self.partial, _json_bytes(asdict(plan)))
+
+    def pending(self):
+        """Shards not yet written, in order."""
+        return [shard for shard in range(self.plan.num_shards) if not self._record_file(shard).is_file()]
+
+    def write(self, shard, moments, labels, mirrored=None, skipped=()):
+        """Store a shard: moments (n, 2C, H, W), labels (n,), mirrored as moments or None; skipped: names of images left out.
+
+        Raises ValueError for a wrong shape, for values that are not finite in the stored type, for labels out of range.
+        """
+        if (mirrored is not None) != self.plan.mirrored:
+            raise ValueError(f"shard {shard}: mirrored copies {'given' if mirrored is not None else 'missing'}, "
+                             f"the plan says mirrored={self.plan.mirrored}")
+        files = {}
+        for kind, array in (("moments", moments), ("mirrored", mirrored)):
+            if array is not None:
+                files[f"{kind}-{shard:05d}.npy"] = self._checked_moments(shard, kind, array, len(labels))
+        files[f"labels-{shard:05d}.npy"] = self._checked_labels(shard, labels)
+        if len(labels) + len(skipped) != len(self.plan.shard_range(shard)):
+            raise ValueError(f"shard {shard}: {len(labels)} samples and {len(skipped)} skipped, "
+                             f"wanted {len(self.plan.shard_range(shard))} together")
+        record = {"count": len(labels), "files": {}, "skipped": list(skipped)}
+        for name, array in files.items():
+            data = _npy_bytes(array)
+            _write_file(self.path / name, self.partial, data)
+            record["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        _write_file(self._record_file(shard), self.partial, _json_bytes(record))
+
+    def finish(self):
+        """Write the manifest, which makes the set complete. Returns it. Raises ValueError if shards are missing."""
+        if self.pending():
+            raise ValueError(f"{self.path} still lacks shards {self.pending()[:8]} of {self.plan.num_shards}")
+        records = [json.loads(self._record_file(shard).read_text()) for shard in range(self.plan.num_shards)]
+        manifest = {"format": FORMAT, "version": VERSION, **asdict(self.plan)}
+        manifest["num_images"] = sum(record["count"] for record in records)
+        manifest["skipped"] = [name for record in records for name in record.pop("skipped")]
+        manifest["shards"] = records
+        if not manifest["num_images"]:
+            raise ValueError(f"{self.path}: every image was skipped, nothing to store")
+        _write_file(self.path / MANIFEST, self.partial, _json_bytes(manifest))
+        remove_leftovers(self.path)
+        return manifest
+
+    def _record_file(self, shard):
+        return self.partial / f"shard-{shard:05d}.json"
+
+    def _checked_moments(self, shard, kind, array, count):
+        wanted = (count, *self.plan.sample_shape)
+        if array.shape != wanted:
+            raise ValueError(f"shard {shard}: {kind} of shape {array.shape}, wanted {wanted}")
+        with np.errstate(over="ignore"):
+            array = np.ascontiguousarray(array, self.plan.dtype)
+        finite = np.isfinite(array).reshape(count, -1).all(1)
+        if not finite.all():
+            raise ValueError(f"shard {shard}: {kind} of sample {int(np.flatnonzero(~finite)[0])} not finite as "
+                             f"{self.plan.dtype}; is the VAE the right one? float32 storage takes larger values")
+        return array
+
+    def _checked_labels(self, shard, labels):
+        labels = np.ascontiguousarray(labels, np.int64)
+        top = max(self.plan.num_classes - 1, 0)
+        if len(labels) and not 0 <= labels.min() <= labels.max() <= top:
+            raise ValueError(f"shard {shard}: labels {labels.min()}..{labels.max()}, wanted 0..{top}")
+        return labels
+
+
+class StoredLatents(LatentSet):
+    """Reads a complete set. Opening checks that every file is there with its size; `verify` checks the content.
+
+    xflip: count the mirrored copies too, where the set has them.
+    Raises ValueError naming the file, what was found and what the manifest wants.
+    """
+
+    def __init__(self, path, xflip=False):
+        self.path, self.name = Path(path), str(path)
+        self.manifest = read_manifest(self.path)
+        for key in ("num_images", "num_classes", "scale", "shift"):
+            setattr(self, key, self.manifest[key])
+        self.sample_shape = tuple(self.manifest["sample_shape"])
+        self.dtype = np.dtype(self.manifest["dtype"])
+        self.class_names = list(self.manifest["class_names"])
+        self.mirrored = xflip and self.manifest["mirrored"]
+        counts = [shard["count"] for shard in self.manifest["shards"]]
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self._check_sizes()
+        self._maps = {}
+        self._labels = None
+
+    def __getstate__(self):
+        return {**self.__dict__, "_maps": {}}  # a memory map would be pickled as all of its data
+
+    def verify(self):
+        """Compare every file's SHA-256 with the manifest; ValueError names the first that differs."""
+        for name, entry in self._files():
+            with open(self.path / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != entry["sha256"]:
+                raise ValueError(f"{self.path / name}: sha256 {found}, the manifest wants {entry['sha256']}; "
+                                 f"restore the file or make the set again")
+
+    def _files(self):
+        return [item for shard in self.manifest["shards"] for item in shard["files"].items()]
+
+    def _check_sizes(self):
+        for name, entry in self._files():
+            file = self.path / name
+            found = file.stat().st_size if file.is_file() else None
+            if found != entry["bytes"]:
+                raise ValueError(f"{file}: {'missing' if found is None else f'{found} bytes'}, "
+                                 f"the manifest wants {entry['bytes']} bytes; restore the file or make the set again")
+
+    def _read_moments(self, indices, out):
+        images = indices % self.num_images
+        shards = np.searchsorted(self._ends, images, side="right")
+        places = (images - self._starts[shards]).tolist()
+        kinds = (indices // self.num_images).tolist()
+        rows = out.reshape(len(out), -1)
+        for row, kind, shard, place in zip(rows, kinds, shards.tolist(), places):
+            row[:] = self._map(kind, shard)[place]
+
+    def _map(self, kind, shard):
+        """The moments (kind 0) or mirrored moments (kind 1) of a shard as rows (n, 2C*H*W) of its mapped file."""
+        rows = self._maps.get((kind, shard))
+        if rows is None:
+            name = f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
+            shape = (self.manifest["shards"][shard]["count"], *self.sample_shape)
+            rows = np.asarray(_mapped(self.path / name, shape, self.dtype)).reshape(shape[0], -1)
+            self._maps[kind, shard] = rows
+        return rows
+
+    def _read_labels(self, image_indices):
+        if self._labels is None:
+            shards = enumerate(self.manifest["shards"])
+            self._labels = np.concatenate([_mapped(self.path / f"labels-{i:05d}.npy", (shard["count"],), np.dtype(np.int64))
+                                           for i, shard in shards])
+        return self._labels[image_indices]
+
+
+def is_complete(path):
+    return (Path(path) / MANIFEST).is_file()
+
+
+def remove_leftovers(path):
+    """Remove the writer's own folder of a complete set (a kill between manifest and tidying leaves it)."""
+    shutil.rmtree(Path(path) / PARTIAL, ignore_errors=True)
+
+
+def read_manifest(path):
+    """The manifest of the set in the folder `path` as a dict. Raises ValueError if it is missing or not ours."""
+    file = Path(path) / MANIFEST
+    if not file.is_file():
+        reason = "its writer was interrupted: run the same command again" if (Path(path) / PARTIAL).is_dir() else "not a set"
+        raise ValueError(f"{file} is missing ({reason})")
+    try:
+        manifest = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON ({error}); restore it or make the set again") from error
+    kind = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
+    if kind != (FORMAT, VERSION):
+        raise ValueError(f"{file} is of format and version {kind}, wanted {(FORMAT, VERSION)}")
+    return manifest
+
+
+def _mapped(file, shape, dtype):
+    """Memory-map a .npy file. Raises ValueError if its header says another shape or type."""
+    array = np.load(file, mmap_mode="r", allow_pickle=False)
+    if array.shape != shape or array.dtype != dtype:
+        raise ValueError(f"{file}: {array.dtype} of shape {array.shape}, the manifest wants {dtype} of shape {shape}")
+    return array
+
+
+def _check_plan(plan):
+    if plan.dtype not in DTYPES:
+        raise ValueError(f"dtype={plan.dtype!r} is unknown; wanted one of {', '.join(DTYPES)}")
+    if plan.num_images < 1 or plan.shard_size < 1:
+        raise ValueError(f"num_images={plan.num_images} and shard_size={plan.shard_size} must be at least 1")
+    if plan.class_names and len(plan.class_names) != plan.num_classes:
+        raise ValueError(f"{len(plan.class_names)} class names for num_classes={plan.num_classes}")
+
+
+def _compare_plans(path, found, wanted):
+    for key in wanted:
+        if found.get(key) != wanted[key]:
+            raise ValueError(f"{path} was begun with {key}={_short(found.get(key))}, now {key}={_short(wanted[key])}; "
+                             f"use the same settings to go on, or remove the folder")
+
+
+def _short(value):
+    text = json.dumps(value)
+    return text if len(text) < 200 else text[:200] + "..."
+
+
+def _plain(value):
+    """`value` as JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+def _json_bytes(value):
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _npy_bytes(array):
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, array, allow_pickle=False)
+    return buffer.getbuffer()
+
+
+def _write_file(file, partial, data):
+    """Write `data` under a temporary name in `partial`, force it to disk, then rename: `file` is whole or absent."""
+    temporary = partial / f"{file.name}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut before anything relies on it
+    finally:
+        os.close(folder)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Say what a set of stored latents holds; check it with --verify.")
+    parser.add_argument("path", help="folder of the set")
+    parser.add_argument("--verify", action="store_true", help="compare every file's checksum with the manifest")
+    args = parser.parse_args()
+    latents = StoredLatents(args.path)
+    info = latents.manifest
+    print(f"{args.path}: {info['num_images']} images{' and their mirrored copies' if info['mirrored'] else ''}, "
+          f"{info['num_classes']} classes, moments {tuple(info['sample_shape'])} {info['dtype']}, "
+          f"scale {info['scale']}, shift {info['shift']}, VAE {info['vae']}, {len(info['skipped'])} images skipped")
+    if args.verify:
+        latents.verify()
+        print(f"{len(info['shards'])} shards: every checksum is right")
+
+
+if __name__ == "__main__":
+    run(main)
