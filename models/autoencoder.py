@@ -1,0 +1,244 @@
+"""Images to latents and back through a frozen KL autoencoder: diffusers folder or hub id, or the published .pth file."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SCALE = 0.18215  # latents = SCALE * z, the factor of latent diffusion (Rombach et al. 2022)
+
+# Latent-diffusion names -> diffusers names, tried from the top; attention and the decoder's levels follow below.
+RENAMES = [
+    (r"(encoder|decoder)\.(conv_in|conv_out)\.", r"\1.\2."),
+    (r"(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
+    (r"(encoder|decoder)\.mid\.block_1\.", r"\1.mid_block.resnets.0."),
+    (r"(encoder|decoder)\.mid\.block_2\.", r"\1.mid_block.resnets.1."),
+    (r"(encoder|decoder)\.mid\.attn_1\.norm\.", r"\1.mid_block.attentions.0.group_norm."),
+    (r"(encoder|decoder)\.mid\.attn_1\.([qkv])\.", r"\1.mid_block.attentions.0.to_\2."),
+    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.", r"\1.mid_block.attentions.0.to_out.0."),
+    (r"encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
+    (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
+    (r"decoder\.up\.(\d+)\.block\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
+    (r"decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
+    (r"(quant_conv|post_quant_conv)\.", r"\1."),
+]
+
+TRAINING_PREFIXES = ("loss.", "model_ema.")  # what a first-stage training file holds besides the autoencoder
+
+
+def sample_moments(moments, generator=None, scale=SCALE, shift=0.0):
+    """Draw scaled latents from VAE posterior moments.
+
+    moments: (B, 2C, H, W) float32, mean then log-variance (clamped to [-30, 20]).
+    Returns latents (B, C, H, W) float32, scale * (z - shift), unitless.
+    Raises ValueError if the channel count is odd.
+    Source: Rombach et al. 2022 (latent diffusion).
+    """
+    if moments.shape[1] % 2:
+        raise ValueError(f"moments have {moments.shape[1]} channels, wanted an even number: means, then log-variances")
+    mean, logvar = moments.float().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return scale * (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise - shift)
+
+
+class Autoencoder(nn.Module):
+    """A frozen diffusers AutoencoderKL with the one convention used here: latents = scale * (z - shift).
+
+    latent_channels: C of the latents. downsample: image side / latent side.
+    decode_batch: the largest batch decoded at once; starts unlimited and falls when the GPU runs out of memory.
+    """
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae.eval().requires_grad_(False)
+        self.scale = float(vae.config.scaling_factor)
+        self.shift = float(vae.config.shift_factor or 0.0)
+        self.latent_channels = vae.config.latent_channels
+        self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.decode_batch = None
+
+    @torch.no_grad()
+    def encode_moments(self, images):
+        """images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, H/f, W/f) float32: means, then unclamped log-variances.
+
+        Raises ValueError for another shape, or sides that are not multiples of f = downsample.
+        """
+        channels = self.vae.config.in_channels
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images have shape {tuple(images.shape)}, wanted (B, {channels}, H, W)")
+        if images.shape[2] % self.downsample or images.shape[3] % self.downsample:
+            raise ValueError(f"images are {images.shape[2]}x{images.shape[3]}; this autoencoder needs sides that are "
+                             f"multiples of {self.downsample}: crop or resize them")
+        return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters.float()
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """latents (B, C, h, w), scaled -> images (B, 3, h*f, w*f) float32, about [-1, 1] (not clipped).
+
+        Decodes at most decode_batch at once. When the GPU runs out of memory, halves that and goes on;
+        raises torch.cuda.OutOfMemoryError if one image alone does not fit.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted (B, {self.latent_channels}, h, w)")
+        images = []
+        done = 0
+        while done < len(latents):
+            part = latents[done:done + (self.decode_batch or len(latents))]
+            try:
+                images.append(self._decode_at_once(part))
+                done += len(part)
+            except torch.cuda.OutOfMemoryError:
+                if len(part) == 1:
+                    raise
+                self.decode_batch = len(part) // 2
+        return torch.cat(images)
+
+    def _decode_at_once(self, latents):
+        z = latents.float() / self.scale + self.shift
+        return self.vae.decode(z.to(self.vae.dtype)).sample.float()
+
+
+def load_autoencoder(path_or_id, device=None, dtype=torch.float32):
+    """Load a frozen KL autoencoder in evaluation mode.
+
+    path_or_id: a diffusers AutoencoderKL folder (or one with such a `vae/` inside), a state dict file in
+        latent-diffusion naming such as the published `autoencoder_kl.pth`, or a Hugging Face id.
+    Raises FileNotFoundError if there is nothing at the path or id, ValueError if it is no such autoencoder.
+    """
+    path = Path(path_or_id)
+    if path.is_file():
+        vae = _load_latent_diffusion(path)
+    elif path.is_dir():
+        vae = _load_folder(path)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)) and not path.parent.is_dir():
+        vae = _load_hub(str(path_or_id))
+    else:
+        raise FileNotFoundError(f"no autoencoder at {path_or_id}: wanted a diffusers folder or an autoencoder_kl.pth file; "
+                                f"`python3 download_assets.py --name vae` fetches the published one")
+    return Autoencoder(vae).to(device=device, dtype=dtype)
+
+
+def _load_folder(folder):
+    """A diffusers AutoencoderKL from folder/ or folder/vae/."""
+    homes = [home for home in (folder, folder / "vae") if (home / "config.json").is_file()]
+    if not homes:
+        raise FileNotFoundError(f"{folder} holds no autoencoder: neither config.json nor vae/config.json is there; "
+                                f"`python3 download_assets.py --name vae` fetches the published one")
+    kind = json.loads((homes[0] / "config.json").read_text()).get("_class_name")
+    if kind != "AutoencoderKL":
+        raise ValueError(f"{homes[0]}/config.json describes {kind}, wanted AutoencoderKL")
+    try:
+        return _from_pretrained(homes[0])
+    except OSError as error:
+        raise ValueError(f"{homes[0]} cannot be loaded: {error}") from error
+
+
+def _load_hub(hub_id):
+    """A diffusers AutoencoderKL from the Hugging Face hub or its local cache; a pipeline's id finds its vae/."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    failures = []
+    for kwargs in ({}, {"subfolder": "vae"}):
+        try:
+            return _from_pretrained(hub_id, **kwargs)
+        except OSError as error:
+            failures.append(error.__context__ or error)
+        if isinstance(failures[-1], LocalEntryNotFoundError):  # the hub is out of reach: asking again only takes time
+            break
+    raise FileNotFoundError(f"no autoencoder at {hub_id}: no such file or folder here, and fetching it from Hugging Face failed "
+                            f"({str(failures[0]).strip().splitlines()[0]}); `python3 download_assets.py --name vae` fetches "
+                            f"the published one") from failures[0]
+
+
+def _from_pretrained(source, **kwargs):
+    from diffusers import AutoencoderKL
+
+    # low_cpu_mem_usage=False: no need of accelerate, and no notice about it
+    vae, info = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False, output_loading_info=True, **kwargs)
+    _check_keys(source, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    return vae
+
+
+def _load_latent_diffusion(path):
+    """A diffusers AutoencoderKL holding the weights of a state dict file in latent-diffusion naming."""
+    from diffusers import AutoencoderKL
+
+    state = _read_state(path)
+    vae = AutoencoderKL(**_architecture(path, state))
+    levels = len(vae.config.block_out_channels)
+    wanted = vae.state_dict()
+    renamed = {_rename(key, levels): value for key, value in state.items()}
+    _check_keys(path, wanted.keys() - renamed.keys(), renamed.keys() - wanted.keys())
+    for key, value in renamed.items():
+        if "attentions" in key and value.ndim == 4:
+            value = value[:, :, 0, 0]  # 1x1 convolution -> linear layer
+        if value.shape != wanted[key].shape:
+            raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}")
+        renamed[key] = value
+    vae.load_state_dict(renamed)
+    return vae
+
+
+def _read_state(path):
+    """The autoencoder's tensors of a file: bare, under `state_dict`, or inside a whole latent diffusion model."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here: pickle, zip, end of file, runtime
+        raise ValueError(f"{path} is not a file of plain weights, or is damaged; nothing in it was run "
+                         f"({str(error).splitlines()[0]})") from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: wanted tensors by name")
+    whole_model = "first_stage_model."
+    if any(key.startswith(whole_model) for key in state):
+        state = {key.removeprefix(whole_model): value for key, value in state.items() if key.startswith(whole_model)}
+    return {key: value for key, value in state.items() if not key.startswith(TRAINING_PREFIXES)}
+
+
+def _architecture(path, state):
+    """AutoencoderKL arguments, read off tensor shapes; the number of groups, 32, is diffusers' default too."""
+    firsts = _count_up(state, "encoder.down.{}.block.0.conv1.weight")
+    blocks = _count_up(state, "encoder.down.0.block.{}.conv1.weight")
+    ends = [state.get(key) for key in ("encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")]
+    if not firsts or any(end is None or end.ndim != 4 for end in ends):
+        raise ValueError(f"{path} is no autoencoder in latent-diffusion naming: wanted encoder.conv_in.weight, "
+                         f"encoder.down.0.block.0.conv1.weight, ..., post_quant_conv.weight; it has "
+                         f"{_some(state) or 'nothing'}")
+    return dict(
+        in_channels=ends[0].shape[1], out_channels=ends[1].shape[0], latent_channels=ends[2].shape[1],
+        block_out_channels=tuple(weight.shape[0] for weight in firsts), layers_per_block=len(blocks),
+        down_block_types=("DownEncoderBlock2D",) * len(firsts), up_block_types=("UpDecoderBlock2D",) * len(firsts),
+        mid_block_add_attention="encoder.mid.attn_1.q.weight" in state, scaling_factor=SCALE,
+    )
+
+
+def _count_up(state, pattern):
+    """state[pattern with 0], state[pattern with 1], ... as far as they go."""
+    found = []
+    while pattern.format(len(found)) in state:
+        found.append(state[pattern.format(len(found))])
+    return found
+
+
+def _rename(key, levels):
+    """The diffusers name of a latent-diffusion key (the key itself if no rule fits); levels: number of resolutions."""
+    for pattern, replacement in RENAMES:
+        if re.match(pattern, key):
+            key = re.sub("^" + pattern, replacement, key).replace(".nin_shortcut.", ".conv_shortcut.")
+            # latent diffusion counts the decoder's levels from full resolution, diffusers from the latents
+            return re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), key)
+    return key
+
+
+def _check_keys(source, missing, unknown):
+    if missing or unknown:
+        raise ValueError(f"{source} does not fit its architecture: missing {_some(missing) or 'nothing'}; "
+                         f"unknown {_some(unknown) or 'nothing'}")
+
+
+def _some(keys):
+    keys = sorted(map(str, keys))
+    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
