@@ -79,4 +79,5 @@ def _find(folder, name):
     for path in (Path(folder) / f"{name}.gz", Path(folder) / name):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"neither {name}.gz nor {name} is in {folder}")
+    raise FileNotFoundError(f"neither {name}.gz nor {name} is in {folder}; `python3 download_assets.py --name fashion-mnist` "
+                            f"fetches the set")
