@@ -4,6 +4,7 @@ Order: by name, classes in the order of their sorted folder names. A `dataset.js
 writes it ({"labels": [[name, class], ...]}), goes before folder names.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -21,11 +22,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".
 
 
 class CorruptImage(ValueError):
-    """An image that cannot be decoded; `image` is its name."""
+    """An image that cannot be decoded; `image` is its name within the set at `path`."""
 
-    def __init__(self, image, reason):
-        super().__init__(f"{image} cannot be read: {reason}")
-        self.image = image
+    def __init__(self, path, image, reason):
+        super().__init__(f"{path}: {image} cannot be read: {reason}")
+        self.path, self.image, self.reason = path, image, reason
+
+    def __reduce__(self):
+        return CorruptImage, (self.path, self.image, self.reason)
 
 
 def centre_crop(image, size):
@@ -46,13 +50,14 @@ def centre_crop(image, size):
 class ImageSet:
     """Images of one source as (3, resolution, resolution) uint8; sub-classes fill in `image` and the attributes.
 
-    labels: (N,) int64, zeros without classes; num_classes: 0 without classes; class_names: list, maybe empty.
+    names: of the images, where they have any. labels: (N,) int64, zeros without classes; num_classes: 0 without classes;
+    class_names: list, maybe empty.
     mirrored: sample i + num_images is image i mirrored. scale and shift are None: these are not latents.
     Objects can be pickled and survive a fork; `read` may be called from several threads.
     """
 
     scale = shift = None
-    num_classes, class_names = 0, ()
+    num_classes, class_names, names = 0, (), ()
 
     def __init__(self, path, resolution, labels, xflip=False):
         if resolution < 1:
@@ -77,6 +82,10 @@ class ImageSet:
             row[:] = self.image(index)[:, :, ::-1] if mirrored else self.image(index)
         return images, self.labels[indices % self.num_images]
 
+    def fingerprint(self):
+        """Hexadecimal SHA-256 of what the set lists: names where it has them, and labels."""
+        return hashlib.sha256("\n".join(self.names).encode() + self.labels.tobytes()).hexdigest()
+
     def image(self, index):
         """Image `index` as (3, resolution, resolution) uint8, not mirrored. Raises CorruptImage."""
         raise NotImplementedError
@@ -91,15 +100,13 @@ class ImageFiles(ImageSet):
         super().__init__(path, resolution, labels, xflip)
 
     def image(self, index):
-        name = f"{self.path}: {self.names[index]}"
+        name = self.names[index]
         try:
-            with Image.open(self._open(self.names[index])) as image:
+            with Image.open(self._open(name)) as image:
                 return centre_crop(image.convert("RGB"), self.resolution)
-        except FileNotFoundError:
-            raise CorruptImage(name, "the file is gone") from None
         except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error,
                 Image.DecompressionBombError) as error:  # what Pillow's decoders raise for damaged files
-            raise CorruptImage(name, str(error) or type(error).__name__) from error
+            raise CorruptImage(self.path, name, str(error) or type(error).__name__) from error
 
     def _open(self, name):
         raise NotImplementedError

@@ -23,7 +23,7 @@ import numpy as np
 from utils.cli import run
 
 FORMAT, VERSION = "maskdit-latents", 1
-MANIFEST, PARTIAL = "manifest.json", ".partial"
+MANIFEST, PARTIAL, PLAN = "manifest.json", ".partial", "plan.json"
 DTYPES = ("float16", "float32")
 SHARD_SIZE = 4096  # samples: 64 MiB of float16 moments at 256 px, and the most that an interruption costs
 
@@ -112,26 +112,35 @@ class Plan:
 class LatentWriter:
     """Writes a set shard by shard, in any order and from several processes; a killed writer goes on with the next shard.
 
-    Raises ValueError if `path` holds something else than an unfinished set with the same plan.
+    With several processes, one constructs its writer before the others do, and one calls `finish` when all are done.
+    Raises ValueError if `path` holds anything but a set, finished or not, with the same plan.
     """
 
     def __init__(self, path, plan):
         self.path, self.plan = Path(path), plan
         self.partial = self.path / PARTIAL
         _check_plan(plan)
-        if is_complete(self.path):
-            raise ValueError(f"{self.path} is a complete set already; choose another folder or remove it")
-        plan_file = self.partial / "plan.json"
-        if plan_file.is_file():
-            _compare_plans(self.path, json.loads(plan_file.read_text()), _plain(asdict(plan)))
-            return
-        if self.path.is_dir() and any(entry.name != PARTIAL for entry in self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty and not an unfinished set; choose another folder")
+        self.complete = (self.path / MANIFEST).is_file()
+        if self.complete:
+            manifest = read_manifest(self.path)
+            manifest["num_images"] += len(manifest["skipped"])
+            _compare_plans(self.path, manifest, plan)
+        elif any(self.partial.glob("shard-*.json")):
+            _compare_plans(self.path, json.loads((self.partial / PLAN).read_text()), plan)
+        else:
+            self._begin()
+
+    def _begin(self):
+        others = [entry.name for entry in self.path.iterdir() if entry.name != PARTIAL] if self.path.is_dir() else []
+        if any(not _is_shard_file(name) for name in others) or (others and not self.partial.is_dir()):
+            raise ValueError(f"{self.path} is not empty ({sorted(others)[0]}) and no set of latents; choose another folder")
         self.partial.mkdir(parents=True, exist_ok=True)
-        _write_file(plan_file, self.partial, _json_bytes(asdict(plan)))
+        _write_file(self.partial / PLAN, self.partial, _json_bytes(asdict(self.plan)))
 
     def pending(self):
         """Shards not yet written, in order."""
+        if self.complete:
+            return []
         return [shard for shard in range(self.plan.num_shards) if not self._record_file(shard).is_file()]
 
     def write(self, shard, moments, labels, mirrored=None, skipped=()):
@@ -159,6 +168,9 @@ class LatentWriter:
 
     def finish(self):
         """Write the manifest, which makes the set complete. Returns it. Raises ValueError if shards are missing."""
+        if self.complete:
+            shutil.rmtree(self.partial, ignore_errors=True)  # a kill between manifest and tidying leaves it
+            return read_manifest(self.path)
         if self.pending():
             raise ValueError(f"{self.path} still lacks shards {self.pending()[:8]} of {self.plan.num_shards}")
         records = [json.loads(self._record_file(shard).read_text()) for shard in range(self.plan.num_shards)]
@@ -169,7 +181,8 @@ class LatentWriter:
         if not manifest["num_images"]:
             raise ValueError(f"{self.path}: every image was skipped, nothing to store")
         _write_file(self.path / MANIFEST, self.partial, _json_bytes(manifest))
-        remove_leftovers(self.path)
+        self.complete = True
+        shutil.rmtree(self.partial)
         return manifest
 
     def _record_file(self, shard):
@@ -268,15 +281,6 @@ class StoredLatents(LatentSet):
         return self._labels[image_indices]
 
 
-def is_complete(path):
-    return (Path(path) / MANIFEST).is_file()
-
-
-def remove_leftovers(path):
-    """Remove the writer's own folder of a complete set (a kill between manifest and tidying leaves it)."""
-    shutil.rmtree(Path(path) / PARTIAL, ignore_errors=True)
-
-
 def read_manifest(path):
     """The manifest of the set in the folder `path` as a dict. Raises ValueError if it is missing or not ours."""
     file = Path(path) / MANIFEST
@@ -310,21 +314,25 @@ def _check_plan(plan):
         raise ValueError(f"{len(plan.class_names)} class names for num_classes={plan.num_classes}")
 
 
-def _compare_plans(path, found, wanted):
-    for key in wanted:
-        if found.get(key) != wanted[key]:
-            raise ValueError(f"{path} was begun with {key}={_short(found.get(key))}, now {key}={_short(wanted[key])}; "
-                             f"use the same settings to go on, or remove the folder")
+def _compare_plans(path, found, plan):
+    """found: dict with the keys of a plan, as read from JSON."""
+    wanted = json.loads(json.dumps(asdict(plan)))  # tuples become lists, as in `found`
+    for old, new in ((found, wanted), (found["made_by"], wanted["made_by"])):
+        for key in new:
+            if key != "made_by" and old.get(key) != new[key]:
+                raise ValueError(f"{path} was made with {key}={_short(old.get(key))}, now {key}={_short(new[key])}; "
+                                 f"use the same settings, or choose another folder")
+    if found["made_by"].keys() != wanted["made_by"].keys():
+        raise ValueError(f"{path} was made by another program ({', '.join(found['made_by'])}); choose another folder")
 
 
 def _short(value):
     text = json.dumps(value)
-    return text if len(text) < 200 else text[:200] + "..."
+    return text if len(text) < 100 else text[:100] + "..."
 
 
-def _plain(value):
-    """`value` as JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(value))
+def _is_shard_file(name):
+    return name.endswith(".npy") and name.startswith(("moments-", "mirrored-", "labels-"))
 
 
 def _json_bytes(value):
