@@ -94,6 +94,31 @@ def steps_done(checkpoint):
     return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
 
 
+def load_weights_into(net, weights, path, skip_mismatched=False):
+    """Load a state dict into `net`; position tables of another grid are made for the new one, other misfits are errors.
+
+    skip_mismatched: leave tensors of another shape, missing and unknown ones alone, and say which.
+    """
+    own = net.state_dict()
+    other_grid = [name for name in own if name.endswith("pos_embed") and name in weights and weights[name].shape != own[name].shape]
+    weights = {name: value for name, value in weights.items() if name not in other_grid}
+    missing = sorted(own.keys() - weights.keys() - set(other_grid))
+    unknown = sorted(weights.keys() - own.keys())
+    shapes = [f"{name} {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
+              for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
+    problems = [f"{kind}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
+                for kind, names in (("missing", missing), ("unknown", unknown), ("other shape", sorted(shapes))) if names]
+    if problems and not skip_mismatched:
+        raise ValueError(f"checkpoint {path} does not fit the model; {'; '.join(problems)}. "
+                         f"Check the model section of the config, or leave these out with --skip_mismatched")
+    if problems:
+        say(f"checkpoint {path}: left at fresh values or out; {'; '.join(problems)}")
+    if other_grid:
+        say(f"checkpoint {path}: {', '.join(other_grid)} are of another grid; the fixed positions of this one are used")
+    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
+    net.load_state_dict(fitting, strict=False)
+
+
 def damage(path):
     """What is wrong with a checkpoint file, or None. With a manifest beside it the whole file is checked against it."""
     path = Path(path)

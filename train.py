@@ -1,0 +1,50 @@
+"""Train MaskDiT on images, encoded to latents on the fly by a frozen autoencoder.
+
+    python3 train.py --config configs/train/maskdit-imagenet.yaml data.root=PATH --num_process_per_node 8
+"""
+
+import sys
+
+from utils.cli import run
+from utils.training import launch_if_asked, parse_arguments, resolve_config, train
+
+
+def open_dataset(config):
+    from utils.data import open_images
+
+    return open_images(config.data.root, config.data.resolution, config.data.xflip, config.model.num_classes)
+
+
+def make_encode(config, dataset, device):
+    """Images (B, 3, R, R) uint8 -> latents (B, C, H, W), through the frozen autoencoder in its own precision."""
+    import torch
+
+    from models import load_autoencoder, sample_moments
+    from utils.precision import autocast
+
+    autoencoder = load_autoencoder(config.vae.path, device)
+    side = config.data.resolution // autoencoder.downsample
+    if (autoencoder.latent_channels, side) != (config.model.in_channels, config.model.in_size):
+        raise ValueError(f"vae.path={config.vae.path} makes {autoencoder.latent_channels} x {side} x {side} latents of "
+                         f"data.resolution={config.data.resolution}; set model.in_channels={autoencoder.latent_channels} and model.in_size={side}")
+
+    @torch.no_grad()
+    def encode(images, generator):
+        with torch.autocast(device.type, enabled=False), autocast(config.vae.amp, device):
+            moments = autoencoder.encode_moments(images.float() / 127.5 - 1)
+        return sample_moments(moments, generator, autoencoder.scale, autoencoder.shift)
+
+    return encode
+
+
+def main():
+    args, overrides = parse_arguments(__doc__.splitlines()[0])
+    config = resolve_config(args, overrides)
+    if not config.data.root:
+        raise ValueError("data.root is empty: give the folder of images, as in data.root=data/imagenet/train")
+    code = launch_if_asked(args, __file__, sys.argv[1:])
+    return train(config, args, open_dataset, make_encode) if code is None else code
+
+
+if __name__ == "__main__":
+    run(main)

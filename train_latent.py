@@ -1,0 +1,41 @@
+"""Train MaskDiT on stored latents.
+
+    python3 train_latent.py --config configs/train/maskdit-latent-imagenet.yaml --num_process_per_node 8
+"""
+
+import sys
+
+from utils.cli import run
+from utils.training import launch_if_asked, parse_arguments, resolve_config, train
+
+
+def open_dataset(config):
+    from utils.data import open_latents
+
+    dataset = open_latents(config.data.root, config.data.xflip, config.model.num_classes)
+    model = config.model
+    wanted = (2 * model.in_channels, model.in_size, model.in_size)
+    if dataset.sample_shape != wanted:
+        raise ValueError(f"data.root={config.data.root} holds moments of shape {dataset.sample_shape}, but model.in_channels={model.in_channels} "
+                         f"and model.in_size={model.in_size} want {wanted}")
+    return dataset
+
+
+def make_encode(config, dataset, device):
+    """Stored moments (B, 2C, H, W) -> latents (B, C, H, W), drawn anew at every visit."""
+    from models import sample_moments
+
+    return lambda moments, generator: sample_moments(moments, generator, dataset.scale, dataset.shift)
+
+
+def main():
+    args, overrides = parse_arguments(__doc__.splitlines()[0])
+    config = resolve_config(args, overrides)
+    if not config.data.root:
+        raise ValueError("data.root is empty: give the folder of stored latents, as in data.root=data/imagenet_256_latent_lmdb")
+    code = launch_if_asked(args, __file__, sys.argv[1:])
+    return train(config, args, open_dataset, make_encode) if code is None else code
+
+
+if __name__ == "__main__":
+    run(main)
