@@ -17,6 +17,7 @@ latents. Mirrored copies, where all images have one, are counted only when asked
 
 import io
 import json
+import math
 import os
 import tarfile
 import threading
@@ -109,8 +110,8 @@ class LMDBLatents(FormatSet):
         return value
 
     def _read_moments(self, indices, out):
-        wanted = out[0].nbytes if len(out) else 0
-        rows = out.reshape(len(out), -1)
+        wanted = 4 * math.prod(self.sample_shape)
+        rows = out.reshape(len(out), math.prod(self.sample_shape))
         with _environment(self.file).begin(buffers=True) as transaction:
             for row, index in zip(rows, indices.tolist()):
                 value = self._value(transaction, f"z-{index}")

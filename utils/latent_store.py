@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,7 @@ class LatentSet:
     name: the path, for messages. num_images: images without their mirrored copies.
     sample_shape: (2C, H, W) moments, mean then log-variance. dtype: of the moments as stored.
     num_classes: 0 for a set without labels, None where the format does not say; class_names: list, maybe empty.
-    scale, shift: latents = scale * (z - shift). mirrored: sample i + num_images is image i mirrored.
+    scale, shift: latents = scale * (z - shift). vae: a name, maybe empty. mirrored: sample i + num_images is image i mirrored.
 
     Objects can be pickled and survive a fork: files are opened at the first read in each process.
     """
@@ -45,7 +46,7 @@ class LatentSet:
     dtype = np.dtype(np.float32)
     num_classes = None
     class_names = ()
-    scale, shift = 0.18215, 0.0
+    scale, shift, vae = 0.18215, 0.0, ""
     mirrored = False
 
     def __len__(self):
@@ -194,7 +195,7 @@ class LatentWriter:
             raise ValueError(f"shard {shard}: {kind} of shape {array.shape}, wanted {wanted}")
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, self.plan.dtype)
-        finite = np.isfinite(array).reshape(count, -1).all(1)
+        finite = np.isfinite(array).all((1, 2, 3))
         if not finite.all():
             raise ValueError(f"shard {shard}: {kind} of sample {int(np.flatnonzero(~finite)[0])} not finite as "
                              f"{self.plan.dtype}; is the VAE the right one? float32 storage takes larger values")
@@ -218,7 +219,7 @@ class StoredLatents(LatentSet):
     def __init__(self, path, xflip=False):
         self.path, self.name = Path(path), str(path)
         self.manifest = read_manifest(self.path)
-        for key in ("num_images", "num_classes", "scale", "shift"):
+        for key in ("num_images", "num_classes", "scale", "shift", "vae"):
             setattr(self, key, self.manifest[key])
         self.sample_shape = tuple(self.manifest["sample_shape"])
         self.dtype = np.dtype(self.manifest["dtype"])
@@ -259,7 +260,7 @@ class StoredLatents(LatentSet):
         shards = np.searchsorted(self._ends, images, side="right")
         places = (images - self._starts[shards]).tolist()
         kinds = (indices // self.num_images).tolist()
-        rows = out.reshape(len(out), -1)
+        rows = out.reshape(len(out), math.prod(self.sample_shape))
         for row, kind, shard, place in zip(rows, kinds, shards.tolist(), places):
             row[:] = self._map(kind, shard)[place]
 
@@ -269,7 +270,7 @@ class StoredLatents(LatentSet):
         if rows is None:
             name = f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
             shape = (self.manifest["shards"][shard]["count"], *self.sample_shape)
-            rows = np.asarray(_mapped(self.path / name, shape, self.dtype)).reshape(shape[0], -1)
+            rows = np.asarray(_mapped(self.path / name, shape, self.dtype)).reshape(shape[0], math.prod(self.sample_shape))
             self._maps[kind, shard] = rows
         return rows
 

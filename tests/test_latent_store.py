@@ -1,0 +1,236 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from latent_helpers import NUM_IMAGES, SHAPE, make_plan, random_moments, tree, write_set, write_shards
+from utils.latent_store import LatentWriter, StoredLatents
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shard_size", [1, 4, 11, 100])
+def test_samples_come_back_bit_for_bit(tmp_path, dtype, shard_size):
+    moments, mirrored, labels = random_moments(dtype)
+    latents = StoredLatents(write_set(tmp_path / "set", dtype=dtype, shard_size=shard_size), xflip=True)
+    order = np.random.default_rng(1).permutation(2 * NUM_IMAGES)
+    found, found_labels = latents.read(order)
+    assert found.dtype == dtype and found_labels.dtype == np.int64
+    np.testing.assert_array_equal(found, np.concatenate([moments, mirrored])[order])
+    np.testing.assert_array_equal(found_labels, np.tile(labels, 2)[order])
+
+
+def test_attributes_tell_what_was_written(tmp_path):
+    latents = StoredLatents(write_set(tmp_path / "set"))
+    assert (len(latents), latents.sample_shape, latents.num_classes, latents.class_names, latents.scale, latents.shift,
+            latents.vae, latents.mirrored) == (NUM_IMAGES, SHAPE, 3, ["ant", "bee", "cat"], 0.25, 0.5, "some/vae", False)
+
+
+def test_mirrored_copies_count_only_when_stored_and_asked_for(tmp_path):
+    both, plain = write_set(tmp_path / "both"), write_set(tmp_path / "plain", mirrored=False)
+    assert [len(StoredLatents(path, xflip)) for path in (both, plain) for xflip in (False, True)] == [11, 22, 11, 11]
+
+
+def test_no_batch_and_no_image_twice_are_fine(tmp_path):
+    latents = StoredLatents(write_set(tmp_path / "set"))
+    assert latents.read([])[0].shape == (0, *SHAPE)
+    np.testing.assert_array_equal(latents.read([3, 3])[0][0], latents.read([3])[0][0])
+
+
+@pytest.mark.parametrize("index", [-1, NUM_IMAGES])
+def test_index_outside_the_set_is_refused(tmp_path, index):
+    with pytest.raises(IndexError, match="samples 0..10"):
+        StoredLatents(write_set(tmp_path / "set")).read([0, index])
+
+
+def test_unfinished_set_is_not_readable(tmp_path):
+    writer = LatentWriter(tmp_path / "set", make_plan())
+    write_shards(writer, [0, 2])
+    with pytest.raises(ValueError, match=r"still lacks shards \[1\]"):
+        writer.finish()
+    with pytest.raises(ValueError, match="manifest.json is missing .*interrupted"):
+        StoredLatents(tmp_path / "set")
+
+
+def test_order_and_interruption_leave_no_trace(tmp_path):
+    write_set(tmp_path / "straight")
+    write_shards(LatentWriter(tmp_path / "broken", make_plan()), [2])
+    again = LatentWriter(tmp_path / "broken", make_plan())
+    assert again.pending() == [0, 1]
+    write_shards(again, [1, 0])
+    again.finish()
+    assert tree(tmp_path / "broken") == tree(tmp_path / "straight")
+
+
+KILLED_WRITER = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:4]
+import utils.latent_store as store
+from latent_helpers import make_plan, write_shards
+real, calls = os.replace, 0
+def replace(source, target):
+    global calls
+    calls += 1
+    if calls == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(source, target)
+os.replace = replace
+writer = store.LatentWriter(store.Path(sys.argv[1]), make_plan())
+write_shards(writer)
+writer.finish()
+"""
+
+
+def test_kill_at_every_rename_is_resumed_to_the_same_bytes(tmp_path):
+    """14 files are renamed into place: the plan, 3 shards of 4 (with their records), the manifest; each is cut in turn."""
+    write_set(tmp_path / "straight")
+    here = os.path.dirname(__file__)
+    for call in range(1, 15):
+        broken = tmp_path / f"broken{call}"
+        code = subprocess.run([sys.executable, "-c", KILLED_WRITER, broken, here, os.path.dirname(here), str(call)]).returncode
+        assert code == -signal.SIGKILL
+        assert not (broken / "manifest.json").exists()
+        assert tree(write_set(broken)) == tree(tmp_path / "straight")
+
+
+def test_kill_after_the_manifest_leaves_a_complete_set(tmp_path):
+    write_set(tmp_path / "straight")
+    path = write_set(tmp_path / "set")
+    (path / ".partial").mkdir()
+    (path / ".partial" / "plan.json").write_text("{}")
+    assert len(StoredLatents(path)) == NUM_IMAGES
+    assert tree(write_set(path)) == tree(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"num_images": 12}, {"shard_size": 5}, {"vae": "other"},
+                                    {"made_by": {"resolution": 8}}])
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_settings_do_not_go_on_with_a_set(tmp_path, change, finished):
+    path = tmp_path / "set"
+    if finished:
+        write_set(path)
+    else:
+        write_shards(LatentWriter(path, make_plan()), [0])
+    with pytest.raises(ValueError, match=next(iter(next(iter(change.values())) if "made_by" in change else change))):
+        LatentWriter(path, make_plan(**change))
+
+
+def test_settings_may_change_while_no_shard_is_written(tmp_path):
+    LatentWriter(tmp_path / "set", make_plan(dtype="float16"))
+    assert StoredLatents(write_set(tmp_path / "set")).dtype == np.float32
+
+
+def test_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("all my work")
+    with pytest.raises(ValueError, match="not empty .thesis.tex"):
+        LatentWriter(tmp_path, make_plan())
+    assert (tmp_path / "thesis.tex").read_text() == "all my work" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_skipped_images_shorten_their_shard_only(tmp_path):
+    moments, mirrored, labels = random_moments()
+    writer = LatentWriter(tmp_path / "set", make_plan())
+    none = moments[:0]
+    writer.write(0, moments[[0, 3]], labels[[0, 3]], mirrored[[0, 3]], skipped=["one.jpg", "two.jpg"])
+    writer.write(1, none, labels[:0], none, skipped=["4.jpg", "5.jpg", "6.jpg", "7.jpg"])
+    write_shards(writer)
+    manifest = writer.finish()
+    latents = StoredLatents(tmp_path / "set", xflip=True)
+    kept = [0, 3, 8, 9, 10]
+    assert len(manifest["skipped"]) == 6 and len(latents) == 2 * len(kept)
+    np.testing.assert_array_equal(latents.read(range(len(latents)))[0], np.concatenate([moments[kept], mirrored[kept]]))
+    np.testing.assert_array_equal(latents.read_labels(range(len(kept))), labels[kept])
+
+
+def test_set_of_nothing_but_skipped_images_is_refused(tmp_path):
+    writer = LatentWriter(tmp_path / "set", make_plan(num_images=2))
+    empty = np.empty((0, *SHAPE), np.float32)
+    writer.write(0, empty, np.empty(0, np.int64), empty, skipped=["a", "b"])
+    with pytest.raises(ValueError, match="every image was skipped"):
+        writer.finish()
+
+
+@pytest.mark.parametrize("damage, message", [
+    (dict(moments=np.zeros((4, 8, 3, 2), np.float32)), r"moments of shape \(4, 8, 3, 2\), wanted \(4, 8, 3, 3\)"),
+    (dict(mirrored=np.zeros((3, 8, 3, 3), np.float32)), r"mirrored of shape \(3, 8, 3, 3\)"),
+    (dict(mirrored=None), "mirrored copies missing"),
+    (dict(labels=np.array([0, 1, 2, 3])), r"labels 0..3, wanted 0..2"),
+    (dict(labels=np.array([0, -1, 2, 1])), r"labels -1..2, wanted 0..2"),
+    (dict(moments=np.full((4, *SHAPE), 1e5)), "sample 0 not finite as float16"),
+    (dict(moments=np.full((4, *SHAPE), np.nan)), "sample 0 not finite"),
+    (dict(skipped=["x"]), "4 samples and 1 skipped, wanted 4"),
+])
+def test_wrong_shards_are_refused_and_write_nothing(tmp_path, damage, message):
+    writer = LatentWriter(tmp_path / "set", make_plan(dtype="float16"))
+    right = {"moments": np.zeros((4, *SHAPE)), "labels": np.zeros(4, np.int64), "mirrored": np.zeros((4, *SHAPE))}
+    with pytest.raises(ValueError, match=message):
+        writer.write(0, **{**right, **damage})
+    assert list((tmp_path / "set").glob("*.npy")) == [] and writer.pending() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"num_images": 0}, {"shard_size": 0}, {"num_classes": 4}])
+def test_impossible_plans_are_refused(tmp_path, change):
+    with pytest.raises(ValueError, match="dtype|num_images|shard_size|class names"):
+        LatentWriter(tmp_path / "set", make_plan(**change))
+
+
+@pytest.mark.parametrize("name", ["moments-00001.npy", "mirrored-00002.npy", "labels-00000.npy"])
+def test_file_cut_short_or_missing_is_told_at_open(tmp_path, name):
+    file = write_set(tmp_path / "set") / name
+    size = file.stat().st_size
+    os.truncate(file, size - 1)
+    with pytest.raises(ValueError, match=f"{name}: {size - 1} bytes, the manifest wants {size} bytes"):
+        StoredLatents(tmp_path / "set")
+    file.unlink()
+    with pytest.raises(ValueError, match=f"{name}: missing"):
+        StoredLatents(tmp_path / "set")
+
+
+def test_verify_finds_one_wrong_bit(tmp_path):
+    latents = StoredLatents(write_set(tmp_path / "set"))
+    latents.verify()
+    file = tmp_path / "set" / "mirrored-00001.npy"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="mirrored-00001.npy: sha256"):
+        StoredLatents(tmp_path / "set").verify()
+
+
+def test_header_that_contradicts_the_manifest_is_told(tmp_path):
+    path = write_set(tmp_path / "set")
+    np.save(path / "moments-00000.npy", np.zeros((4, 8, 9, 1), np.float32))
+    with pytest.raises(ValueError, match=r"moments-00000.npy: float32 of shape \(4, 8, 9, 1\), the manifest wants"):
+        StoredLatents(path).read([0])
+
+
+@pytest.mark.parametrize("text, message", [("{", "not JSON"), ("[]", "format and version None"),
+                                           ('{"format": "maskdit-latents", "version": 2}', "version")])
+def test_foreign_manifest_is_told(tmp_path, text, message):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        StoredLatents(tmp_path)
+
+
+def test_manifest_lists_every_file_once(tmp_path):
+    path = write_set(tmp_path / "set")
+    listed = [name for shard in json.loads((path / "manifest.json").read_text())["shards"] for name in shard["files"]]
+    assert sorted(listed + ["manifest.json"]) == sorted(tree(path))
+
+
+def run_tool(*args):
+    return subprocess.run([sys.executable, "-m", "utils.latent_store", *map(str, args)], capture_output=True, text=True,
+                          cwd=os.path.dirname(os.path.dirname(__file__)))
+
+
+def test_command_line_describes_and_verifies(tmp_path):
+    path = write_set(tmp_path / "set")
+    fine = run_tool(path, "--verify")
+    assert fine.returncode == 0 and "11 images and their mirrored copies" in fine.stdout and "3 shards" in fine.stdout
+    file = path / "labels-00000.npy"
+    file.write_bytes(file.read_bytes()[:-8] + b"\1" * 8)
+    wrong = run_tool(path, "--verify")
+    assert wrong.returncode == 2 and "labels-00000.npy" in wrong.stderr and "Traceback" not in wrong.stderr
