@@ -1,0 +1,1 @@
+"""FID, sFID, Inception Score, precision, recall and KID as the published tables define them."""

@@ -1,0 +1,120 @@
+"""`python -m fid`: the published numbers of a set of images.
+
+    python -m fid calc --images PATH --ref REF.npz          FID, sFID, IS, precision, recall of samples
+    python -m fid ref --data PATH --dest REF.npz            statistics of a data set, to compare with later
+    python -m fid REF.npz SAMPLES.npz                       the ADM evaluator's form of `calc`
+    torchrun --nproc_per_node=8 -m fid calc ...             the same numbers on several processes
+
+PATH is a folder of images (with its subfolders), a .zip or an .npz with arr_0.
+"""
+
+import argparse
+import json
+import sys
+
+from utils import cli
+
+COMMANDS = ("calc", "ref")
+
+
+def build_parser():
+    parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="calc | ref")
+    calc = commands.add_parser("calc", help="numbers of a set of images against a reference")
+    calc.add_argument("--images", required=True, metavar="PATH", help="the samples: folder, .zip or .npz")
+    calc.add_argument("--ref", required=True, metavar="REF", help="ADM batch, EDM npz, file of `ref`, or another image set")
+    calc.add_argument("--metrics", metavar="LIST", help="comma-separated: fid,sfid,is,precision,recall,kid "
+                      "(default: the first five, as far as REF can serve them)")
+    calc.add_argument("--json", metavar="OUT", help="write the numbers with every setting behind them")
+    calc.add_argument("--interval", action="store_true", help="95 %% interval of FID, and FID of infinitely many samples")
+    calc.add_argument("--neighbours", metavar="OUT.png", help="picture of the samples closest to a real image, to see memorisation")
+    ref = commands.add_parser("ref", help="statistics of a data set")
+    ref.add_argument("--data", required=True, metavar="PATH", help="the data set: folder, .zip or .npz")
+    ref.add_argument("--dest", required=True, metavar="REF.npz", help="file to write")
+    ref.add_argument("--keep", type=int, default=0, metavar="N",
+                     help="also store N random images, which precision and recall need (10000 in ADM's batches)")
+    for command in (calc, ref):
+        command.add_argument("--num", type=int, metavar="N", help="measure N random images instead of all")
+        command.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
+        command.add_argument("--batch", type=int, default=64, metavar="B", help="images at a time (default 64)")
+        command.add_argument("--embedding", default="inception", metavar="NAME",
+                             help="inception (default), pixels, classifier or timm:NAME; others than inception give FD-NAME")
+        command.add_argument("--weights", metavar="FILE", help="weights of the embedding (default: in assets/)")
+    return parser
+
+
+def parse_args(argv):
+    """Arguments of a command; `REF SAMPLES` is read as `calc --ref REF --images SAMPLES`."""
+    if len(argv) >= 2 and argv[0] not in COMMANDS and not argv[0].startswith("-") and not argv[1].startswith("-"):
+        argv = ["calc", "--ref", argv[0], "--images", argv[1], *argv[2:]]
+    args = build_parser().parse_args(argv)
+    if args.batch < 1:
+        raise ValueError(f"--batch is {args.batch}, wanted at least 1")
+    return args
+
+
+def calc(args):
+    from fid import evaluate
+    from fid.neighbours import check_same_size, save_neighbours
+    from fid.sources import open_source
+    from utils.logging import say
+    source = open_source(args.images, args.num, args.seed)
+    reference = evaluate.Reference(args.ref)
+    if args.neighbours:
+        check_same_size(source, reference)
+    evaluator = evaluate.Evaluator(
+        reference, metrics=args.metrics.split(",") if args.metrics else None, embedding=args.embedding, weights=args.weights,
+        num_images=len(source), interval=args.interval, keep_features=bool(args.neighbours), batch_size=args.batch,
+        seed=args.seed, conversion="as stored")
+    evaluate.add_all(evaluator, source, "samples")
+    result = evaluator.result()
+    result["settings"]["images"] = source.name
+    say(evaluate.format_result(result))
+    if args.neighbours:
+        pool = evaluator.samples()
+        main_only(lambda: save_neighbours(args.neighbours, source, pool, reference))
+    if args.json:
+        main_only(lambda: write_json(args.json, result))
+
+
+def ref(args):
+    from fid import evaluate, statistics
+    from fid.embeddings import make_embedding
+    from fid.sources import open_source
+    from utils.logging import say
+    source = open_source(args.data, args.num, args.seed)
+    kept = open_source(args.data, args.keep, args.seed) if args.keep else None
+    stored = evaluate.make_reference(source, make_embedding(args.embedding, args.weights), args.batch)
+    images = kept.read(range(len(kept))) if kept else None
+    main_only(lambda: statistics.save_statistics(args.dest, stored, images))
+    say(f"wrote {args.dest}: statistics of {stored.pool.num_images} images"
+        + (f", {len(kept)} of them kept for precision and recall" if kept else ""))
+
+
+def main_only(write):
+    """Let rank 0 write, and the others wait until it has."""
+    from utils import distributed
+    if distributed.is_main():
+        write()
+    distributed.barrier()
+
+
+def write_json(path, result):
+    from pathlib import Path
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main():
+    args = parse_args(sys.argv[1:])
+    from utils import distributed
+    distributed.init()
+    try:
+        {"calc": calc, "ref": ref}[args.command](args)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main)
