@@ -29,7 +29,7 @@ ONLY = {
     "models": {"models"},
     "utils.config": set(),
     "utils.cli": set(),
-    "fid": {"fid", "utils.distributed", "utils.images", "utils.cli"},
+    "fid": {"fid", "utils.distributed", "utils.logging", "utils.images", "utils.cli"},
 }
 NO_TORCH = ["utils.cli", "utils.config", "utils.class_names", "download_assets"]
 
