@@ -74,6 +74,26 @@ def status(code, **headers):
         for key, value in headers.items():
             handler.send_header(key.replace("_", "-"), value)
         handler.end_headers()
+        handler.wfile.write(b"an explanation that is no part of any file")
+    return answer
+
+
+def send_piece(handler, site):
+    """Answer 206 with 1000 bytes of the rest that was asked for."""
+    first = int(handler.headers["Range"].removeprefix("bytes=").rstrip("-"))
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {first}-{first + 999}/{len(BODY)}")
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(BODY[first:first + 1000])
+
+
+def send_until_close(body):
+    """Answer 200 without saying how long the file is."""
+    def answer(handler, site):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(body)
     return answer
 
 
@@ -209,6 +229,19 @@ def test_length_that_is_never_reached_ends_without_a_file(site, tmp_path):
     with pytest.raises(PlaceFailed, match="without progress"):
         fetch(site.serve("f", send(length=len(BODY) + 1000)), tmp_path / "f", patience=HASTY)
     assert not (tmp_path / "f").exists()
+
+
+def test_piece_is_not_taken_for_the_rest(site, tmp_path):
+    fetch(site.serve("f", send(cut=100_000), send_piece, send()), tmp_path / "f", patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+
+
+def test_file_of_unsaid_length_ends_where_the_connection_does(site, tmp_path):
+    fetch(site.serve("f", send_until_close(BODY)), tmp_path / "f", len(BODY), patience=HASTY)
+    assert (tmp_path / "f").read_bytes() == BODY
+    with pytest.raises(PlaceFailed, match=f"delivered 1000 bytes, but the file has {len(BODY)}"):
+        fetch(site.serve("g", send_until_close(BODY[:1000])), tmp_path / "g", len(BODY), patience=HASTY)
+    assert os.listdir(tmp_path) == ["f"]
 
 
 def test_wrong_checksum_is_refused_and_forgotten(site, tmp_path):
