@@ -44,10 +44,12 @@ class EDMLoss:
     def draw(self, latents, mask_ratio=0.0, generator=None, num_keep=None, patch_size=None):
         """Draw sigma, noise and mask, in that order, from one generator on the device of the latents.
 
-        num_keep, when given, takes the place of mask_ratio. Returns LossDraws.
+        num_keep, when given, takes the place of mask_ratio; patch_size that of the loss. Returns LossDraws.
         """
         batch_size, _, height, width = latents.shape
         patch_size = self.patch_size if patch_size is None else patch_size
+        if patch_size is None:
+            raise ValueError("patch_size is unknown; pass it here or to EDMLoss")
         num_tokens = (height // patch_size) * (width // patch_size)
         if num_keep is None:
             num_keep = count_kept(num_tokens, mask_ratio)

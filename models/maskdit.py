@@ -112,16 +112,17 @@ class MaskDiT(nn.Module):
         """
         if mask is not None and not self.use_decoder:
             raise ValueError("a mask needs the decoder: make the model with use_decoder=True, or train it unmasked")
+        ids_keep, ids_shuffle = (None, None) if mask is None else (mask.ids_keep, mask.ids_shuffle)
         c = self.embed_conditioning(c_noise, class_labels)              # (B or 1, D)
         patches = patchify(x, self.patch_size)                          # (B, L, p*p*C)
         if mask is not None:
-            patches = gather_tokens(patches, mask.ids_keep)             # (B, L_keep, p*p*C)
-        tokens = self.x_embedder(patches) + _pick(self.pos_embed, mask and mask.ids_keep)
+            patches = gather_tokens(patches, ids_keep)                  # (B, L_keep, p*p*C)
+        tokens = self.x_embedder(patches) + _pick(self.pos_embed, ids_keep)
         tokens = self._run(self.blocks, tokens, c)                      # (B, L_keep, D)
         if self.use_decoder:
             tokens = self.decoder_layer(tokens, c)                      # (B, L_keep, D_dec)
             tokens = unmask(tokens, self.mask_token, self.num_tokens)   # (B, L, D_dec)
-            tokens = tokens + _pick(self.decoder_pos_embed, mask and mask.ids_shuffle)
+            tokens = tokens + _pick(self.decoder_pos_embed, ids_shuffle)
             tokens = self._run(self.decoder_blocks, tokens, c)
         patches = self.final_layer(tokens, c)                           # (B, L, p*p*C)
         if mask is not None:

@@ -29,6 +29,7 @@ def edm_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min=0.00
     noise: (B, C, H, W) unit normal. class_labels: handed on to the model. randn_like: draws the noise of S_churn.
     progress: called with 1 after every step. Returns latents (B, C, H, W) float64.
     """
+    _check_range(sigma_min, sigma_max)
     sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho)
     return _integrate(model, noise, class_labels, sigmas, linear_schedule(), no_scaling, "heun", 1.0,
                       Churn(S_churn, S_min, S_max, S_noise), randn_like, progress)
@@ -43,7 +44,7 @@ def ablation_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min
     solver: euler or heun (alpha: place of its second evaluation, 1 = end of the step).
     discretization: noise levels as in vp (epsilon_s), ve, iddpm (C_1, C_2, M) or edm (rho).
     schedule: sigma(t) of vp, ve or linear. scaling: s(t) of vp or none.
-    sigma_min, sigma_max: None takes those of the discretization. Raises ValueError for an unknown choice.
+    sigma_min, sigma_max: None takes those of the discretization. Raises ValueError for an unknown choice or range.
     """
     _check_choice("solver", solver, SOLVERS)
     _check_choice("discretization", discretization, DEFAULT_SIGMAS)
@@ -52,6 +53,9 @@ def ablation_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min
     default_min, default_max = DEFAULT_SIGMAS[discretization](epsilon_s)
     sigma_min = default_min if sigma_min is None else sigma_min
     sigma_max = default_max if sigma_max is None else sigma_max
+    _check_range(sigma_min, sigma_max)
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha={alpha} must be above 0 and at most 1")
     sigmas = {
         "vp": lambda: vp_sigmas(num_steps, sigma_min, sigma_max, epsilon_s),
         "ve": lambda: ve_sigmas(num_steps, sigma_min, sigma_max),
@@ -83,16 +87,17 @@ def ve_sigmas(num_steps, sigma_min, sigma_max):
 
 def iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M):
     """Evenly chosen levels of the M-step cosine schedule that lie within the range (Nichol & Dhariwal 2021)."""
-    def alpha_bar(j):
-        return math.sin(0.5 * math.pi * j / M / (C_2 + 1)) ** 2
-
+    # float32, as the published samples were made: ratios near 1 round, which moves the smallest levels by 1e-3
+    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float32) / M / (C_2 + 1)).sin() ** 2
+    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1).tolist()
     u, levels = 0.0, []
-    for j in range(M, 0, -1):
-        u = math.sqrt((u**2 + 1) / max(alpha_bar(j - 1) / alpha_bar(j), C_1) - 1)
+    for ratio in reversed(ratios):
+        u = math.sqrt((u**2 + 1) / ratio - 1)
         if sigma_min <= u <= sigma_max:
-            levels.insert(0, u)
+            levels.append(u)
     if not levels:
         raise ValueError(f"no iddpm noise level lies between sigma_min={sigma_min} and sigma_max={sigma_max}")
+    levels.reverse()
     return [levels[round(f * (len(levels) - 1))] for f in _fractions(num_steps)]
 
 
@@ -166,6 +171,11 @@ DEFAULT_SIGMAS = {
 def _check_choice(name, value, known):
     if value not in known:
         raise ValueError(f"{name}={value!r} is unknown; want one of {', '.join(known)}")
+
+
+def _check_range(sigma_min, sigma_max):
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"want 0 < sigma_min < sigma_max; got sigma_min={sigma_min}, sigma_max={sigma_max}")
 
 
 # ---- integration
