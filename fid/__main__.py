@@ -64,7 +64,7 @@ def calc(args):
     if args.neighbours:
         check_same_size(source, reference)
     evaluator = evaluate.Evaluator(
-        reference, metrics=args.metrics.split(",") if args.metrics else None, embedding=args.embedding, weights=args.weights,
+        reference, metrics=evaluate.parse_metrics(args.metrics), embedding=args.embedding, weights=args.weights,
         num_images=len(source), interval=args.interval, keep_features=bool(args.neighbours), batch_size=args.batch,
         seed=args.seed, conversion="as stored")
     evaluate.add_all(evaluator, source, "samples")

@@ -21,7 +21,7 @@ PIXEL_GRID = 16
 def make_embedding(name="inception", weights=None, device=None):
     """Build an embedding by name.
 
-    name: "inception"; "pixels"; "classifier"; or a timm model name, plain or as "timm:NAME".
+    name: "inception"; "pixels"; "classifier", or the folder of one; or a timm model name, plain or as "timm:NAME".
     weights: file of Inception weights, folder of the classifier, or a local timm checkpoint; None takes the default place
     (timm: its own pretrained weights, which need a connection). Raises FileNotFoundError or ValueError with the remedy.
     """
@@ -32,6 +32,8 @@ def make_embedding(name="inception", weights=None, device=None):
         return Pixels(device)
     if name == "classifier":
         return Classifier(weights if weights is not None else DEFAULT_CLASSIFIER, device)
+    if os.path.isdir(name):
+        return Classifier(name, device)
     return Timm(name.removeprefix("timm:"), weights, device)
 
 

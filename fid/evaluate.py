@@ -163,6 +163,13 @@ class Evaluator:
         self.keeps_samples = self.keeps_reference or interval or "is" in self.metrics
         self.reset()
 
+    @classmethod
+    def from_config(cls, config):
+        """An Evaluator from the `eval` section of a config (utils.config.EvalConfig)."""
+        if not config.ref_path:
+            raise ValueError("eval.ref_path is empty; give reference statistics (.npz) or reference images")
+        return cls(config.ref_path, parse_metrics(config.metrics), config.embedding, config.weights, config.num_images)
+
     def reset(self):
         """Forget the samples, to evaluate another model against the same reference."""
         self.stream = FeatureStream(self.embedding, "sfid" in self.metrics)
@@ -262,6 +269,11 @@ def display_names(embedding_name):
         return {"fid": "FID", "sfid": "sFID", "is": "IS", "precision": "precision", "recall": "recall", "kid": "KID"}
     return {"fid": f"FD-{embedding_name}", "kid": f"KD-{embedding_name}",
             "precision": f"precision-{embedding_name}", "recall": f"recall-{embedding_name}"}
+
+
+def parse_metrics(text):
+    """"fid, sfid" -> ("fid", "sfid"); empty or None -> None, which takes what the reference can serve."""
+    return tuple(name.strip() for name in text.split(",")) if text else None
 
 
 def choose_metrics(wanted, embedding_name, reference):
