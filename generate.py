@@ -118,7 +118,7 @@ def sample(args, overrides, seeds):
                 if evaluator is not None:
                     evaluator.add(batch.images, batch.index)
                 if batch.index == 0 and not args.no_grid:
-                    draw_first_grid(outdir, batch)
+                    draw_first_grid(outdir / "grid.png", batch, bool(class_idx), class_names)
         distributed.barrier()
     rate = len(seeds) / (time.monotonic() - started)
     say(f"{len(seeds)} images, {rate:.3g} per second on {distributed.world_size()} process(es): {outdir}")
@@ -290,13 +290,17 @@ class NoOutput(PngOutput):
 OUTPUTS = {"png": PngOutput, "npz": ArrayOutput, "latents": LatentOutput, "none": NoOutput}
 
 
-def draw_first_grid(outdir, batch):
-    """OUTDIR/grid.png: the first batch, up to 64 images."""
-    from utils.generation import latents_to_uint8
+def draw_first_grid(path, batch, by_class, class_names):
+    """The first batch as one picture: a labelled row per class if classes were asked for (up to 16), else as it comes."""
+    from utils.generation import draw_class_rows, grid_scale, latents_to_uint8
     from utils.images import save_grid
 
     images = batch.images if batch.images is not None else latents_to_uint8(batch.latents)
-    save_grid(outdir / "grid.png", images[:64], columns=min(8, len(images)), scale=max(1, 64 // images.shape[1]))
+    labels = batch.class_labels.tolist() if batch.class_labels is not None else []
+    if by_class and len(set(labels)) <= 16:
+        draw_class_rows(path, images, labels, class_names)
+    else:
+        save_grid(path, images[:64], scale=grid_scale(images))
 
 
 def report_numbers(result, outdir):

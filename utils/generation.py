@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from models import ablation_sampler, create_model, edm_sampler, guided, load_autoencoder
 from models.maskdit import SIZES
@@ -163,17 +162,31 @@ def draw_grid(net, decode, config, device, path, class_names=None):
     rows = num_classes if 0 < num_classes <= 16 else math.isqrt(count)
     columns = max(1, count // rows)
     classes = [num_classes * row // rows for row in range(rows)]
-    labels = [class_for_label(c, class_names) for c in classes] if num_classes else None
+    labels = [name_of_class(c, class_names) for c in classes] if num_classes else None
     class_idx = [c for c in classes for _ in range(columns)] if num_classes else ()
     latents = [sample_latents(net, batch, config.sample, device, class_idx)[0]
                for batch in _split(list(range(rows * columns)), config.sample.batchsize)]
     images = np.concatenate([decode(part) for part in latents])
-    save_grid(path, images, labels=labels, columns=columns, scale=max(1, 64 // images.shape[1]))
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    return save_grid(path, images, labels=labels, columns=columns, scale=grid_scale(images))
 
 
-def class_for_label(index, class_names=None):
+def draw_class_rows(path, images, class_labels, class_names=None, columns=8):
+    """Save a picture with one row per class: the first `columns` images (N, H, W, 3) uint8 of each, white where there are fewer."""
+    classes = sorted(set(class_labels))
+    rows = np.full((len(classes), columns, *images.shape[1:]), 255, np.uint8)
+    for row, index in zip(rows, classes):
+        chosen = images[[label == index for label in class_labels]][:columns]
+        row[:len(chosen)] = chosen
+    save_grid(path, rows.reshape(-1, *images.shape[1:]), labels=[name_of_class(index, class_names) for index in classes],
+              columns=columns, scale=grid_scale(images))
+
+
+def grid_scale(images):
+    """How many times small images (N, H, W, 3) are enlarged in a picture, so that they can be seen."""
+    return max(1, 64 // images.shape[1])
+
+
+def name_of_class(index, class_names=None):
     return class_names[index] if class_names else f"class {index}"
 
 

@@ -1,0 +1,16 @@
+"""Fixtures that several test files share."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_vae(tmp_path_factory):
+    """Folder of a random diffusers autoencoder: f = 4, 4 latent channels."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    AutoencoderKL(block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+                  latent_channels=4, norm_num_groups=4, mid_block_add_attention=False, layers_per_block=1).save_pretrained(folder)
+    return folder
