@@ -242,20 +242,18 @@ def _open_npz(path, resolution, xflip):
 
 
 def _is_image(name):
-    hidden = name.name.startswith(".") or name.parts[0] == "__MACOSX"  # what Finder adds to folders and zips
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)  # also what Finder adds to zips
     return name.suffix.lower() in SUFFIXES and not hidden
 
 
 def _walk(root, below=""):
-    """Names of all files below `root`, with forward slashes; hidden folders are left out."""
+    """Names of all files below `root`, with forward slashes."""
     with os.scandir(Path(root, below)) as entries:
         for entry in entries:
-            name = f"{below}{entry.name}"
             if entry.is_dir():
-                if not entry.name.startswith("."):
-                    yield from _walk(root, f"{name}/")
+                yield from _walk(root, f"{below}{entry.name}/")
             else:
-                yield name
+                yield f"{below}{entry.name}"
 
 
 def _labels_of(path, names, dataset_json):

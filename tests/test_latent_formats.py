@@ -1,0 +1,450 @@
+import io
+import multiprocessing
+import os
+import pickle
+import sys
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
+
+import lmdb
+import numpy as np
+import pytest
+
+from latent_helpers import NUM_CLASSES, NUM_IMAGES, SHAPE, random_moments, tree, write_set
+from utils import convert_latents
+from utils.latent_formats import open_latent_set
+from utils.latent_store import LatentWriter, StoredLatents
+
+MOMENTS, MIRRORED, LABELS = random_moments()
+LATENT_SHAPE = (4, 3, 3)
+LATENTS, LATENTS_FLIP, _ = random_moments(shape=LATENT_SHAPE)
+
+
+def write_lmdb(path, mirrored=True, length=NUM_IMAGES, samples=NUM_IMAGES):
+    path.mkdir(parents=True)
+    moments = np.concatenate([MOMENTS, MIRRORED]) if mirrored else MOMENTS
+    environment = lmdb.open(str(path), map_size=1 << 22)
+    with environment.begin(write=True) as transaction:
+        for i, sample in enumerate(moments[:2 * samples]):
+            transaction.put(f"z-{i}".encode(), sample.tobytes())
+            transaction.put(f"y-{i}".encode(), str(LABELS[i % NUM_IMAGES]).encode())
+        if length is not None:
+            transaction.put(b"length", str(length).encode())
+    environment.close()
+    return path
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def write_tar(path, members, **options):
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = len(data), 1.5  # a float: makes pax headers, as the webdataset package does
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def write_webdataset(path, style="npy", mirrored=True):
+    """11 samples in shards of 4, members as `style` says."""
+    encode = {"npy": ("latent.npy", npy), "raw": ("moments", np.ndarray.tobytes), "json": ("npy", npy)}[style]
+    path.mkdir()
+    for shard, start in enumerate(range(0, NUM_IMAGES, 4)):
+        members = []
+        for i in range(start, min(start + 4, NUM_IMAGES)):
+            label = {"npy": ("cls", b"%d"), "raw": ("cls.txt", b"%d\n"), "json": ("json", b'{"label": %d}')}[style]
+            members.append((f"part/{i:06d}.{encode[0]}", encode[1](MOMENTS[i])))
+            members.append((f"part/{i:06d}.{label[0]}", label[1] % LABELS[i]))
+            if mirrored:
+                members.append((f"part/{i:06d}.moments_flip.npy", npy(MIRRORED[i])))
+        write_tar(path / f"train-{shard:04d}.tar", members)
+    return path
+
+
+def write_safetensors(path, moments=MOMENTS, flip=MIRRORED):
+    from safetensors.numpy import save_file
+    path.mkdir()
+    for shard, part in enumerate(np.array_split(np.arange(NUM_IMAGES), 3)):
+        tensors = {"latents": moments[part], "labels": LABELS[part]}
+        if flip is not None:
+            tensors["latents_flip"] = flip[part]
+        save_file(tensors, path / f"latents_rank00_shard{shard:03d}.safetensors", metadata={"note": "x"})
+    return path
+
+
+def write_features(path, samples=MOMENTS):
+    features, labels = path / "imagenet256_features", path / "imagenet256_labels"
+    features.mkdir(parents=True)
+    labels.mkdir()
+    for i in range(NUM_IMAGES):  # 10.npy sorts before 2.npy by name
+        np.save(features / f"{i}.npy", samples[i][None])
+        np.save(labels / f"{i}.npy", LABELS[i:i + 1])
+    return path
+
+
+CLASS_ORDER = np.argsort(LABELS, kind="stable")  # class folders list class 0 first
+
+
+def write_class_folders(path, flip=True):
+    for i in range(NUM_IMAGES):
+        folder = path / f"n{LABELS[i]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / f"img_{i:03d}.JPEG.npz", moments=MOMENTS[i], **({"moments_flip": MIRRORED[i]} if flip else {}))
+    return path
+
+
+# name: (writer, order of the images, mirrored copies stored)
+SETS = {
+    "own": (write_set, None, True),
+    "lmdb": (write_lmdb, None, True),
+    "lmdb below train": (lambda path: write_lmdb(path / "train").parent, None, True),
+    "lmdb without mirrored": (lambda path: write_lmdb(path, mirrored=False), None, False),
+    "webdataset npy": (write_webdataset, None, True),
+    "webdataset raw": (lambda path: write_webdataset(path, "raw", mirrored=False), None, False),
+    "webdataset json": (lambda path: write_webdataset(path, "json"), None, True),
+    "safetensors": (write_safetensors, None, True),
+    "safetensors without mirrored": (lambda path: write_safetensors(path, flip=None), None, False),
+    "features": (write_features, None, False),
+    "class folders": (write_class_folders, CLASS_ORDER, True),
+    "class folders without mirrored": (lambda path: write_class_folders(path, flip=False), CLASS_ORDER, False),
+}
+
+
+@pytest.fixture(params=SETS)
+def written(request, tmp_path):
+    """(path, moments of all samples, labels of all samples, stored mirrored?)."""
+    write, order, mirrored = SETS[request.param]
+    order = np.arange(NUM_IMAGES) if order is None else order
+    moments = [MOMENTS[order], MIRRORED[order]] if mirrored else [MOMENTS[order]]
+    return write(tmp_path / "set"), np.concatenate(moments), np.tile(LABELS[order], len(moments)), mirrored
+
+
+def test_samples_equal_what_was_written(written):
+    path, moments, labels, mirrored = written
+    latents = open_latent_set(path, xflip=True)
+    assert latents.mirrored == mirrored and latents.sample_shape == SHAPE and latents.dtype == np.float32
+    assert len(latents) == len(moments)
+    order = np.random.default_rng(1).permutation(len(moments))
+    found, found_labels = latents.read(order)
+    np.testing.assert_array_equal(found, moments[order])
+    np.testing.assert_array_equal(found_labels, labels[order])
+
+
+def test_mirrored_copies_are_left_out_unless_asked_for(written):
+    path, moments, _, _ = written
+    latents = open_latent_set(path)
+    assert len(latents) == NUM_IMAGES and not latents.mirrored
+    np.testing.assert_array_equal(latents.read(range(NUM_IMAGES))[0], moments[:NUM_IMAGES])
+
+
+def test_scale_is_stable_diffusions_unless_the_format_says_otherwise(written):
+    latents = open_latent_set(written[0])
+    wanted = (0.25, 0.5) if isinstance(latents, StoredLatents) else (0.18215, 0.0)
+    assert (latents.scale, latents.shift) == wanted
+
+
+def test_set_survives_pickling_and_threads(written):
+    path, moments, _, _ = written
+    latents = open_latent_set(path, xflip=True)
+    latents.read([0])
+    latents = pickle.loads(pickle.dumps(latents))
+    with ThreadPoolExecutor(4) as pool:
+        parts = list(pool.map(lambda i: latents.read([i])[0][0], range(len(moments))))
+    np.testing.assert_array_equal(parts, moments)
+
+
+def _read_in_child(sets, results):
+    results.put([latents.read([NUM_IMAGES - 1])[0][0] for latents in sets])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_open_sets_work_in_children(tmp_path, method):
+    sets = [open_latent_set(write(tmp_path / name)) for name, (write, _, _) in SETS.items()]
+    in_parent = [latents.read([NUM_IMAGES - 1])[0][0] for latents in sets]  # so the files are open when the child starts
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    child = context.Process(target=_read_in_child, args=(sets, results))
+    child.start()
+    np.testing.assert_array_equal(results.get(timeout=100), in_parent)
+    child.join()
+    assert child.exitcode == 0
+    np.testing.assert_array_equal([latents.read([NUM_IMAGES - 1])[0][0] for latents in sets], in_parent)
+
+
+def test_two_readers_of_one_set_live_side_by_side(written):
+    first, second = open_latent_set(written[0]), open_latent_set(written[0])
+    np.testing.assert_array_equal(first.read([3])[0], second.read([3])[0])
+
+
+def test_index_outside_the_set_is_refused(written):
+    latents = open_latent_set(written[0])
+    for index in (-1, NUM_IMAGES):
+        with pytest.raises(IndexError, match="samples 0..10"):
+            latents.read([index])
+
+
+# ---- latents instead of moments
+
+@pytest.mark.parametrize("name", ["safetensors", "features"])
+def test_latents_become_moments_that_give_them_back(tmp_path, name):
+    from models import sample_moments
+    import torch
+
+    path = {"safetensors": lambda path: write_safetensors(path, LATENTS, LATENTS_FLIP),
+            "features": lambda path: write_features(path, LATENTS)}[name](tmp_path / "set")
+    latents = open_latent_set(path)
+    moments, _ = latents.read(range(NUM_IMAGES))
+    assert latents.sample_shape == SHAPE
+    np.testing.assert_array_equal(moments[:, :4], LATENTS)
+    assert (moments[:, 4:] == -30).all()
+    drawn = sample_moments(torch.from_numpy(moments), scale=latents.scale, shift=latents.shift)
+    # noise of standard deviation exp(-15) = 3e-7: 6 of it, and float32 rounding of values up to 4
+    np.testing.assert_allclose(drawn / latents.scale, LATENTS, atol=6 * 3.1e-7 + 5e-7)
+
+
+def test_scaled_latents_of_fast_dit_are_not_scaled_again(tmp_path):
+    assert open_latent_set(write_features(tmp_path / "a", LATENTS)).scale == 1.0
+    assert open_latent_set(write_features(tmp_path / "b", MOMENTS)).scale == 0.18215
+
+
+def test_wider_moments_of_mar_are_moments(tmp_path):
+    wide = np.random.default_rng(3).standard_normal((32, 3, 3), np.float32)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        np.savez(tmp_path / name / "0.npz", moments=wide, moments_flip=wide)
+    latents = open_latent_set(tmp_path)
+    assert latents.sample_shape == (32, 3, 3) and latents.scale == 0.2325
+    assert latents.num_classes == 2 and latents.class_names == ["a", "b"]
+    np.testing.assert_array_equal(latents.read([1])[0][0], wide)
+
+
+def test_half_precision_and_bfloat16_are_read_exactly(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    halves = torch.from_numpy(MOMENTS).half()
+    brains = torch.from_numpy(MOMENTS).bfloat16()
+    for name, tensor in (("half", halves), ("brain", brains)):
+        (tmp_path / name).mkdir()
+        save_file({"latents": tensor, "labels": torch.from_numpy(LABELS)}, tmp_path / name / "0.safetensors")
+    half, brain = open_latent_set(tmp_path / "half"), open_latent_set(tmp_path / "brain")
+    assert half.dtype == np.float16 and brain.dtype == np.float32
+    np.testing.assert_array_equal(half.read(range(NUM_IMAGES))[0], halves.numpy())
+    np.testing.assert_array_equal(brain.read(range(NUM_IMAGES))[0], brains.float().numpy())
+
+
+def test_raw_half_precision_members_are_told_by_their_size(tmp_path):
+    half = MOMENTS[0].astype(np.float16)
+    write_tar(tmp_path / "0.tar", [("a.latent", half.tobytes()), ("a.cls", b"7")])
+    latents = open_latent_set(tmp_path / "0.tar")
+    moments, labels = latents.read([0])
+    assert moments.dtype == np.float16 and labels[0] == 7
+    np.testing.assert_array_equal(moments[0], half)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_long_member_names_do_not_disturb_their_neighbours(tmp_path, tar_format):
+    long = "deep/" + "x" * (90 if tar_format == tarfile.USTAR_FORMAT else 180)
+    members = [(f"{long}{i}.{kind}", data) for i in range(3)
+               for kind, data in (("npy", npy(MOMENTS[i])), ("cls", str(LABELS[i]).encode()))]
+    write_tar(tmp_path / "0.tar", members, format=tar_format)
+    moments, labels = open_latent_set(tmp_path).read([0, 1, 2])
+    np.testing.assert_array_equal(moments, MOMENTS[:3])
+    np.testing.assert_array_equal(labels, LABELS[:3])
+
+
+# ---- damage
+
+def damaged(path, message):
+    """Opening, or else reading everything, fails with this message."""
+    with pytest.raises(ValueError, match=message):
+        latents = open_latent_set(path, xflip=True)
+        latents.read(range(len(latents)))
+
+
+def cut(file, by=1):
+    os.truncate(file, file.stat().st_size - by)
+
+
+def test_lmdb_cut_short_is_told_before_it_kills_the_process(tmp_path):
+    path = write_lmdb(tmp_path / "set")
+    file = path / "data.mdb"
+    cut(file, by=3 * 4096)
+    damaged(path, r"data.mdb is cut short: \d+ bytes, its page table wants \d+")
+
+
+def test_lmdb_faults_name_file_and_key(tmp_path):
+    damaged(write_lmdb(tmp_path / "a", length=None), "data.mdb: no key length")
+    damaged(write_lmdb(tmp_path / "b", mirrored=False, length=12), "data.mdb: no key z-11")
+    damaged(write_lmdb(tmp_path / "c", length=0), "length says 0 images")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "data.mdb").write_bytes(b"not a database" * 1000)
+    damaged(tmp_path / "d", "data.mdb is not a readable LMDB file")
+    path = write_lmdb(tmp_path / "e")
+    environment = lmdb.open(str(path))
+    with environment.begin(write=True) as transaction:
+        transaction.put(b"z-5", MOMENTS[5].tobytes()[:-4])
+        transaction.put(b"y-6", b"cat")
+    environment.close()
+    damaged(path, r"data.mdb: z-5 has 284 bytes, wanted 288 \(float32 \(8, 3, 3\)\)")
+    with pytest.raises(ValueError, match="data.mdb: y-6 is b'cat', wanted a whole number"):
+        open_latent_set(path).read([6])
+
+
+def test_tar_faults_name_file_and_member(tmp_path):
+    path = write_webdataset(tmp_path / "a")
+    cut(path / "train-0001.tar", by=10240)
+    damaged(path, "train-0001.tar is cut short")
+    for name, members, message in (
+            ("b", [("a.cls", b"1")], "0.tar: sample a has no moments: it has cls"),
+            ("c", [("a.pyd", pickle.dumps(MOMENTS[0])), ("a.cls", b"1")], "no moments: it has cls, pyd.*pickles are not read"),
+            ("d", [("a.npy", npy(MOMENTS[0]))], "sample a has no label"),
+            ("e", [("a.npy", npy(MOMENTS[0])[:-1]), ("a.cls", b"1")], "0.tar: a.npy: 415 bytes are not a whole .npy array"),
+            ("f", [("a.latent", b"123"), ("a.cls", b"1")], "a.latent: 3 bytes are neither"),
+            ("g", [("a.npy", npy(MOMENTS[0])), ("a.cls", b"cat")], "a.cls is b'cat'"),
+            ("h", [("a.npy", npy(MOMENTS[0])), ("a.json", b'{"name": 3}')], "a.json: no whole number under label"),
+            ("i", [("a.npy", npy(MOMENTS[0][:, :2])), ("a.cls", b"1")], r"shape \(8, 2, 3\), wanted \(channels, size, size\)"),
+            ("j", [("a.npy", npy(np.array([{}]))), ("a.cls", b"1")], "not a whole .npy array of numbers"),
+            ("k", [], "no sample in 1 tar")):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "0.tar", members)
+        with pytest.raises(ValueError, match=message):
+            open_latent_set(tmp_path / name).read([0])
+
+
+@pytest.mark.parametrize("content, message", [(b"", "is empty"), (b"\x1f\x8b" + b"z" * 1000, "not an uncompressed tar")])
+def test_other_files_named_tar_are_told(tmp_path, content, message):
+    (tmp_path / "0.tar").write_bytes(content)
+    damaged(tmp_path, message)
+
+
+def test_every_way_to_cut_a_tar_is_told(tmp_path):
+    """A tar cut at any block boundary, also between two samples, is refused: the end mark is missing."""
+    whole = write_tar(tmp_path / "whole.tar", [(f"{i}.{kind}", data) for i in range(2) for kind, data in
+                                               (("npy", npy(MOMENTS[i])), ("cls", b"1"))]).read_bytes()
+    used = len(whole.rstrip(b"\0"))
+    for end in range(512, used, 512):
+        (tmp_path / "cut.tar").write_bytes(whole[:end])
+        damaged(tmp_path / "cut.tar", "cut.tar is cut short")
+
+
+def test_sample_of_another_shape_is_told(tmp_path):
+    path = write_features(tmp_path / "a")
+    np.save(path / "imagenet256_features" / "7.npy", np.zeros((1, 8, 4, 4), np.float32))
+    damaged(path, r"7.npy: array of shape \(8, 4, 4\), wanted \(8, 3, 3\) as the first sample's")
+
+
+def test_safetensors_faults_name_file_and_tensor(tmp_path):
+    from safetensors.numpy import save_file
+    path = write_safetensors(tmp_path / "a")
+    cut(path / "latents_rank00_shard001.safetensors")
+    damaged(path, r"shard001.safetensors is cut short or damaged: \w+ .* lies at bytes \d+..\d+ of \d+")
+    for name, tensors, message in (
+            ("b", {"latents": MOMENTS}, "no tensor labels; found latents"),
+            ("c", {"latents": MOMENTS, "labels": LABELS[:5]}, r"latents of shape \[11, 8, 3, 3\], wanted \[5, 8, 3, 3\]"),
+            ("d", {"latents": MOMENTS.astype(np.float64), "labels": LABELS}, "latents is F64, wanted one of F32")):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "0.safetensors")
+        damaged(tmp_path / name, f"0.safetensors: {message}")
+    (tmp_path / "e").mkdir()
+    for content, message in ((b"\xff" * 100, "not safetensors: header of"), (b"\x04" + bytes(7) + b"{{{{", "not JSON")):
+        (tmp_path / "e" / "0.safetensors").write_bytes(content)
+        damaged(tmp_path / "e", message)
+
+
+def test_feature_folder_faults_name_the_file(tmp_path):
+    path = write_features(tmp_path / "a")
+    (path / "imagenet256_labels" / "4.npy").unlink()
+    damaged(path, "1 names are in only one of them, first 4.npy")
+    np.save(path / "imagenet256_labels" / "4.npy", np.array([1.5]))
+    damaged(path, r"4.npy: float64 of shape \(1,\), wanted one integer")
+    cut(path / "imagenet256_features" / "5.npy")
+    damaged(path, "5.npy: 415 bytes are not a whole .npy array")
+
+
+def test_class_folder_faults_name_file_and_key(tmp_path):
+    path = write_class_folders(tmp_path / "a")
+    file = path / "n0" / "img_004.JPEG.npz"
+    np.savez(file, moments=MOMENTS[4])
+    damaged(path, "img_004.JPEG.npz: moments_flip cannot be read .*found moments")
+    cut(file, by=100)
+    damaged(path, "img_004.JPEG.npz: moments cannot be read")
+
+
+def test_nothing_known_at_the_path_says_what_is_wanted(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
+        open_latent_set(tmp_path / "nowhere")
+    (tmp_path / "cat.jpg").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "cat.jpg"):
+        with pytest.raises(ValueError, match="no stored latents found.*manifest.json, data.mdb, "):
+            open_latent_set(path)
+
+
+def test_interrupted_extraction_is_not_taken_for_another_format(tmp_path):
+    (tmp_path / ".partial").mkdir()
+    with pytest.raises(ValueError, match="interrupted"):
+        open_latent_set(tmp_path)
+
+
+def test_labels_beyond_the_number_of_classes_are_told(tmp_path):
+    latents = open_latent_set(write_lmdb(tmp_path / "set"))
+    latents.num_classes = 2
+    with pytest.raises(ValueError, match="data.mdb: sample 5 has label 2, wanted 0..1"):
+        latents.read([1, 5, 2])
+
+
+# ---- conversion
+
+@pytest.fixture
+def convert(monkeypatch):
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["convert_latents", *map(str, args)])
+        convert_latents.main()
+    return run
+
+
+@pytest.mark.parametrize("store, dtype", [("keep", np.float32), ("fp16", np.float16)])
+def test_any_format_converts_to_the_same_samples(written, tmp_path, convert, store, dtype):
+    path, moments, labels, mirrored = written
+    convert(path, tmp_path / "own", "--shard_size", 4, "--store", store)
+    latents = StoredLatents(tmp_path / "own", xflip=True)
+    found, found_labels = latents.read(range(len(latents)))
+    assert latents.num_classes == NUM_CLASSES and latents.mirrored == mirrored
+    np.testing.assert_array_equal(found, moments.astype(dtype))
+    np.testing.assert_array_equal(found_labels, labels)
+    assert (latents.scale, latents.shift) == (open_latent_set(path).scale, open_latent_set(path).shift)
+
+
+def test_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path, convert, monkeypatch):
+    path = write_lmdb(tmp_path / "lmdb")
+    convert(path, tmp_path / "straight", "--shard_size", 4)
+    real, written_shards = LatentWriter.write, []
+
+    def interrupted(self, shard, *content):
+        if shard == 2:
+            raise KeyboardInterrupt
+        real(self, shard, *content)
+
+    def counted(self, shard, *content):
+        written_shards.append(shard)
+        real(self, shard, *content)
+
+    monkeypatch.setattr(LatentWriter, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(path, tmp_path / "broken", "--shard_size", 4)
+    monkeypatch.setattr(LatentWriter, "write", counted)
+    convert(path, tmp_path / "broken", "--shard_size", 4)
+    assert written_shards == [2] and tree(tmp_path / "broken") == tree(tmp_path / "straight")
+
+
+def test_conversion_takes_scale_and_reports_a_wrong_number_of_classes(tmp_path, convert):
+    path = write_lmdb(tmp_path / "lmdb")
+    with pytest.raises(ValueError, match="has label 2, wanted 0..1"):
+        convert(path, tmp_path / "own", "--num_classes", 2)
+    convert(path, tmp_path / "other", "--num_classes", 5, "--scale", 0.3, "--shift", 0.1, "--vae", "mine")
+    latents = StoredLatents(tmp_path / "other")
+    assert (latents.num_classes, latents.scale, latents.shift, latents.vae) == (5, 0.3, 0.1, "mine")
