@@ -110,10 +110,8 @@ def main():
     args = parse_args(sys.argv[1:])
     from utils import distributed
     distributed.init()
-    try:
-        {"calc": calc, "ref": ref}[args.command](args)
-    finally:
-        distributed.shutdown()
+    {"calc": calc, "ref": ref}[args.command](args)
+    distributed.shutdown()
 
 
 if __name__ == "__main__":

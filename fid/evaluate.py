@@ -225,11 +225,11 @@ class Evaluator:
     def _inception_score(self, pool):
         """The score in file order, and a warning (a list of none or one) if that order is what makes it low."""
         logs = metrics.class_log_probabilities(pool, self.embedding.class_weight)
-        score = float(np.mean(metrics.split_scores(logs)))
+        score = float(np.mean(metrics.split_scores(logs, metrics.IS_SPLIT)))
         if len(logs) <= metrics.IS_SPLIT:
             return score, []
         order = torch.as_tensor(np.random.default_rng(self.seed).permutation(len(logs)), device=logs.device)
-        shuffled = float(np.mean(metrics.split_scores(logs[order])))
+        shuffled = float(np.mean(metrics.split_scores(logs[order], metrics.IS_SPLIT)))
         if shuffled < SORTED_RATIO * score:
             return score, []
         return score, [f"IS is {score:.4g} in file order and {shuffled:.4g} shuffled: the samples look sorted by class, which "

@@ -40,5 +40,5 @@ def check_same_size(samples, reference):
                          "give an ADM batch or an image set")
     first, second = (source.read(np.array([0])).shape[1:3] for source in (samples, reference.images))
     if first != second:
-        raise ValueError(f"--neighbours shows samples beside reference images, but these are {second} and those {first}; "
+        raise ValueError(f"--neighbours shows both side by side, but samples are {first} and reference images {second}; "
                          "give reference images of the samples' size")

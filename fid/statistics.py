@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -97,5 +98,6 @@ def save_statistics(path, stored, images=None):
     if images is not None:
         arrays["arr_0"] = images
     arrays |= {key: np.array(stored.settings[key]) for key in SETTINGS if stored.settings.get(key) is not None}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "wb") as file:  # a file object, or numpy would append .npz to another suffix
         np.savez(file, **arrays)

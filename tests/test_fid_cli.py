@@ -1,0 +1,105 @@
+"""`python -m fid`: its three forms, one process and several, and how it ends when something is wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fid_helpers import TinyInception, random_images, random_inception
+
+from fid import __main__ as cli
+from fid import embeddings, evaluate
+from utils import cli as script
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture()
+def run(monkeypatch, tmp_path, capsys):
+    """Run `python -m fid ARGS` in this process, on TinyInception in place of the real network; returns what it printed."""
+    monkeypatch.setattr(embeddings, "Inception", lambda weights, device: TinyInception())
+    monkeypatch.chdir(tmp_path)
+    np.savez("samples.npz", arr_0=random_images(30, 8, 8, seed=1).numpy())
+    np.savez("real.npz", arr_0=random_images(40, 8, 8, seed=2).numpy())
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["fid", *map(str, args)])
+        cli.main()
+        return [line for line in capsys.readouterr().out.splitlines() if "images/s" not in line]  # without progress
+    return run
+
+
+def test_ref_then_calc_equals_calc_against_the_images(run):
+    run("ref", "--data", "real.npz", "--dest", "out/ref.npz", "--keep", 40)
+    run("calc", "--images", "samples.npz", "--ref", "out/ref.npz", "--json", "a.json")
+    run("calc", "--images", "samples.npz", "--ref", "real.npz", "--json", "b.json")
+    stored, direct = (json.loads(Path(name).read_text()) for name in ("a.json", "b.json"))
+    assert stored["numbers"] == pytest.approx(direct["numbers"], rel=1e-9)
+    assert set(stored["numbers"]) == {"FID", "sFID", "IS", "precision", "recall"}
+    assert stored["settings"]["reference"]["num_images"] == 40 and stored["settings"]["images"] == "samples.npz"
+
+
+def test_adm_form_takes_the_reference_first(run):
+    run("ref", "--data", "real.npz", "--dest", "ref.npz")
+    assert run("ref.npz", "samples.npz", "--metrics", "fid,is") == run(
+        "calc", "--metrics", "fid,is", "--images", "samples.npz", "--ref", "ref.npz")
+    with pytest.raises(ValueError, match="ref.npz: no arr_0 .* can be the reference but not the images"):
+        run("samples.npz", "ref.npz")
+
+
+def test_num_seed_and_neighbours(run):
+    run("calc", "--images", "samples.npz", "--ref", "real.npz", "--num", 20, "--seed", 3, "--metrics", "fid,kid", "--json", "a.json",
+        "--neighbours", "near.png")
+    result = json.loads(Path("a.json").read_text())
+    assert result["settings"]["num_images"] == 20 and result["settings"]["seed"] == 3
+    assert set(result["numbers"]) == {"FID", "KID", "KID_std"} and Path("near.png").stat().st_size > 1000
+
+
+def test_several_processes_give_the_same_numbers(tmp_path):
+    for name, num, seed in (("samples", 45, 1), ("real", 38, 2)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=random_images(num, 8, 8, seed=seed).numpy())
+    (tmp_path / "worker.py").write_text("""
+import json, sys
+from fid_helpers import TinyInception
+from fid import evaluate
+from utils import distributed
+distributed.init()
+result = evaluate.measure("samples.npz", "real.npz", embedding=TinyInception(), metrics=evaluate.METRICS, batch_size=8, interval=True)
+if distributed.is_main():
+    json.dump(result, open(f"{distributed.world_size()}.json", "w"))
+distributed.shutdown()
+""")
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "worker.py"],
+                   cwd=tmp_path, env=environment, check=True, capture_output=True)
+    found = json.loads((tmp_path / "3.json").read_text())
+    alone = evaluate.measure(tmp_path / "samples.npz", tmp_path / "real.npz", embedding=TinyInception(), metrics=evaluate.METRICS,
+                             batch_size=8, interval=True)
+    assert found["numbers"] == pytest.approx(alone["numbers"], rel=1e-9)
+    assert {k: v for k, v in found["interval"].items() if k != "of"} == pytest.approx(
+        {k: v for k, v in alone["interval"].items() if k != "of"}, rel=1e-9)
+    assert found["settings"]["num_images"] == 45 and found["settings"]["reference"]["num_images"] == 38
+
+
+def test_user_errors_are_one_line_and_code_2(run, capsys):
+    np.savez("samples.npz", arr_0=np.zeros((4, 3, 8, 8), np.uint8))
+    with pytest.raises(SystemExit) as ended:
+        script.run(lambda: run("calc", "--images", "samples.npz", "--ref", "real.npz"))
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert printed.startswith("error: ") and "NCHW" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_whole_command_with_a_real_network(tmp_path):
+    torch.save(random_inception(), tmp_path / "weights.pth")
+    np.savez(tmp_path / "samples.npz", arr_0=random_images(6, 32, 32, seed=1).numpy())
+    np.savez(tmp_path / "real.npz", arr_0=random_images(5, 32, 32, seed=2).numpy())
+    done = subprocess.run([sys.executable, "-m", "fid", tmp_path / "real.npz", tmp_path / "samples.npz", "--weights",
+                           tmp_path / "weights.pth"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("FID", "sFID", "IS", "precision", "recall", "too few", "not the published ones"))
