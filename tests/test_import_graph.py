@@ -17,8 +17,8 @@ ROWS = [
     "utils.distributed",
     "utils.logging utils.precision utils.schedules utils.ema utils.images utils.signals utils.lock utils.image_sets utils.latent_store",
     "utils.checkpoint utils.download utils.latent_formats utils.extraction fid",
-    "utils.data utils.convert_latents",
-    "utils.generation utils.trainer",
+    "utils.data",
+    "utils.convert_latents utils.generation utils.trainer",
     "utils.training",
     "scripts",
 ]
@@ -61,6 +61,8 @@ def imports_of(name, path):
             source = ".".join(part for part in (base, node.module) if part)
             for alias in node.names:
                 yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in FILES else source
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "importorskip":
+            yield node.args[0].value
 
 
 GRAPH = {name: {target for target in imports_of(name, path) if target in FILES} - {name} for name, path in FILES.items()}
