@@ -83,10 +83,9 @@ def main():
     if args.num_process_per_node and not distributed.launched():
         return distributed.launch(__file__, sys.argv[1:], args.num_process_per_node)
     distributed.init()
-    try:
-        return sample(args, overrides, seeds)
-    finally:
-        distributed.shutdown()
+    code = sample(args, overrides, seeds)
+    distributed.shutdown()
+    return code
 
 
 def sample(args, overrides, seeds):
@@ -113,7 +112,8 @@ def sample(args, overrides, seeds):
                 progress.update(min(len(seeds) - progress.done,
                                     steps * config.sample.batchsize * distributed.world_size() / config.sample.num_steps))
 
-            for batch in generate(net, decode, seeds, config.sample, device, class_idx, after_step):
+            done = output.has if evaluator is None else None
+            for batch in generate(net, decode, seeds, config.sample, device, class_idx, after_step, done):
                 output.write(batch)
                 if evaluator is not None:
                     evaluator.add(batch.images, batch.index)
@@ -195,16 +195,24 @@ def claim_folder(outdir, args, config, class_idx):
 # ------------------------------------------------------------------------------------------------ outputs
 
 class PngOutput:
-    """One PNG per seed, OUTDIR/000123.png."""
+    """One PNG per seed, OUTDIR/000123.png; batches that are there already are not sampled again."""
 
     def __init__(self, outdir, seeds):
         self.outdir = outdir
+
+    def path(self, seed):
+        return self.outdir / f"{seed:06d}.png"
+
+    def has(self, seeds):
+        return all(self.path(seed).is_file() for seed in seeds)
 
     def write(self, batch):
         from utils.images import save_png
 
         for seed, image in zip(batch.seeds, batch.images):
-            save_png(self.outdir / f"{seed:06d}.png", image)
+            unfinished = self.path(seed).with_suffix(".tmp")
+            save_png(unfinished, image)
+            unfinished.replace(self.path(seed))
 
     def __enter__(self):
         return self
@@ -223,6 +231,9 @@ class ArrayOutput:
 
     def values(self, batch):
         return batch.images
+
+    def has(self, seeds):
+        return False
 
     def write(self, batch):
         import numpy as np
@@ -282,6 +293,9 @@ class LatentOutput(ArrayOutput):
 
 class NoOutput(PngOutput):
     """Nothing on disk: the images only go into the metrics."""
+
+    def has(self, seeds):
+        return False
 
     def write(self, batch):
         pass

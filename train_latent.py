@@ -32,7 +32,7 @@ def main():
     args, overrides = parse_arguments(__doc__.splitlines()[0])
     config = resolve_config(args, overrides)
     if not config.data.root:
-        raise ValueError("data.root is empty: give the folder of stored latents, as in data.root=data/imagenet_256_latent_lmdb")
+        raise ValueError("data.root is empty: give the folder of stored latents, as in data.root=assets/imagenet_256_latent_lmdb")
     code = launch_if_asked(args, __file__, sys.argv[1:])
     return train(config, args, open_dataset, make_encode) if code is None else code
 

@@ -132,7 +132,7 @@ def test_generate_refuses_bad_input_in_one_line(arguments, message):
     (["data.root=nowhere"], "nowhere"),
     (["train.lrr=1"], "did you mean 'train.lr'"),
     (["data.root=x", "train.batchsize=3", "train.grad_accum=2"], "train.batchsize=3"),
-    ([], "data/imagenet_256_latent_lmdb"),
+    ([], "assets/imagenet_256_latent_lmdb"),
 ])
 def test_training_refuses_bad_input_in_one_line(arguments, message, tmp_path):
     done = run_script("train_latent.py", "--config", "configs/train/maskdit-latent-imagenet.yaml", f"log.results_dir={tmp_path}",

@@ -125,13 +125,15 @@ def batches_of(seeds, batch_size):
     return [(k, batch) for k, batch in enumerate(_split(seeds, batch_size)) if k % distributed.world_size() == distributed.rank()]
 
 
-def generate(net, decode, seeds, config, device, class_idx=(), progress=None):
-    """Yield this process's `Batch`es of the seeds, in order.
+def generate(net, decode, seeds, config, device, class_idx=(), progress=None, done=None):
+    """Yield this process's `Batch`es of the seeds, in order; those of which done(seeds) is true are passed over.
 
     net: EDMPrecond in eval mode. decode: latents (B, C, h, w) -> images (B, H, W, 3) uint8; None leaves images None.
     config: SampleConfig. progress: called with 1 after every sampler step.
     """
     for index, batch in batches_of(seeds, config.batchsize):
+        if done is not None and done(batch):
+            continue
         latents, class_labels = sample_latents(net, batch, config, device, class_idx, progress)
         images = decode(latents) if decode is not None else None
         yield Batch(index, batch, class_labels, latents, images)
