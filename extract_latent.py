@@ -59,25 +59,24 @@ def main():
 
 def prepare(args):
     """The images, the VAE and the plan that `args` ask for, everything checked."""
+    import torch
+
     from models import load_autoencoder
     from utils import distributed
     from utils.extraction import make_plan
     from utils.image_sets import open_image_set
     from utils.precision import setup_backends
 
-    import torch
-
     images = open_image_set(args.images, args.resolution, args.xflip)
     setup_backends(tf32=False, deterministic=True)
     device = distributed.device()
-    vae_dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
-    vae = load_autoencoder(args.vae, device, {"bf16": torch.bfloat16, "fp32": torch.float32}[vae_dtype])
-    vae = vae.to(memory_format=torch.channels_last)
-    num_images = images.num_images - args.first if args.num_images is None else args.num_images
+    types = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    vae_dtype = types[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    vae = load_autoencoder(args.vae, device)
     vae_name = Path(args.vae).name if Path(args.vae).exists() else args.vae  # the set names no place of this machine
-    store = {"fp16": "float16", "fp32": "float32"}[args.store]
-    plan = make_plan(images, vae, vae_name, args.first, num_images, args.batch, store, args.shard_size)
-    return images, vae, plan
+    num_images = images.num_images - args.first if args.num_images is None else args.num_images
+    plan = make_plan(images, vae, vae_name, vae_dtype, args.first, num_images, args.batch, types[args.store], args.shard_size)
+    return images, vae.to(dtype=getattr(torch, vae_dtype), memory_format=torch.channels_last), plan
 
 
 if __name__ == "__main__":

@@ -43,9 +43,10 @@ class Tally:
                 f"in this process: {shares}")
 
 
-def make_plan(images, vae, vae_name, first, num_images, batch_size, dtype, shard_size):
-    """The `Plan` of encoding images first .. first+num_images-1 with the `Autoencoder` vae.
+def make_plan(images, vae, vae_name, vae_dtype, first, num_images, batch_size, dtype, shard_size):
+    """The `Plan` of encoding images first .. first+num_images-1 with the `Autoencoder` vae, here in float32.
 
+    vae_dtype, dtype: names of the types of the VAE's arithmetic and of the stored moments.
     Raises ValueError if the range or the resolution does not fit.
     """
     if not 0 <= first < first + num_images <= images.num_images:
@@ -57,7 +58,7 @@ def make_plan(images, vae, vae_name, first, num_images, batch_size, dtype, shard
     size = images.resolution // vae.downsample
     made_by = {"program": "extract_latent", "images": images.path.name, "images_sha256": images.fingerprint(), "first": first,
                "resolution": images.resolution, "batch": batch_size, "vae_sha256": fingerprint(vae),
-               "vae_dtype": str(next(vae.parameters()).dtype).removeprefix("torch.")}
+               "vae_dtype": vae_dtype}
     return Plan(num_images, (2 * vae.latent_channels, size, size), dtype, images.mirrored, images.num_classes,
                 tuple(images.class_names), vae.scale, vae.shift, vae_name, shard_size, made_by)
 
