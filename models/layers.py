@@ -28,13 +28,16 @@ def unpatchify(patches, patch_size):
     return images.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, -1, grid * patch_size, grid * patch_size)
 
 
-def sincos_positions(width, grid):
+def sincos_positions(width, grid, unit_grid=None):
     """Fixed positions (1, grid*grid, width) float32: the column in the first half, the row in the second.
 
     Each half is sines, then cosines, at width/4 frequencies from 1 down to 1/10000 (excluded).
+    unit_grid: measure in patches of a grid of this size over the same image (None: of this one), which interpolates the
+    positions of a network trained on that grid.
     """
     frequencies = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.outer(torch.arange(grid, dtype=torch.float64), frequencies)
+    centres = (torch.arange(grid, dtype=torch.float64) + 0.5) * ((unit_grid or grid) / grid) - 0.5
+    angles = torch.outer(centres, frequencies)
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width/2)
     column = axis.repeat(grid, 1)
     row = axis.repeat_interleave(grid, dim=0)

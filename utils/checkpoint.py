@@ -9,6 +9,7 @@ import argparse
 import errno
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from models.layers import sincos_positions
 from utils.logging import say
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -52,7 +54,19 @@ def load_checkpoint(path):
                          f"it is damaged or not a PyTorch file") from error
     if not isinstance(content, dict):
         raise ValueError(f"checkpoint {path}: wanted a dict with 'model' or 'ema', found {type(content).__name__}")
+    _check_types(content, path)
     return content
+
+
+def _check_types(content, path):
+    wanted = {"model": dict, "ema": dict, "opt": dict, "step": int, "images_seen": int, "config": dict}
+    for key, kind in wanted.items():
+        if key in content and not isinstance(content[key], kind):
+            raise ValueError(f"checkpoint {path}: its {key!r} is a {type(content[key]).__name__}, wanted a {kind.__name__}")
+    optimizer = content.get("opt", {})
+    states, groups = optimizer.get("state", {}), optimizer.get("param_groups", [])
+    if not (isinstance(states, dict) and all(isinstance(state, dict) for state in states.values()) and isinstance(groups, list)):
+        raise ValueError(f"checkpoint {path}: its 'opt' is not the state of an optimizer")
 
 
 def load_weights(path, which="ema"):
@@ -69,7 +83,7 @@ def weights_of(checkpoint, which, path):
     if which not in ("ema", "model"):
         raise ValueError(f"which={which!r}: wanted 'ema' or 'model'")
     if any(key in checkpoint for key in ("ema", "model")):
-        if not isinstance(checkpoint.get(which), dict):
+        if which not in checkpoint:
             found = ", ".join(str(key) for key in checkpoint)
             raise ValueError(f"checkpoint {path} has no {which!r} weights; it has {found}")
         checkpoint = checkpoint[which]
@@ -95,28 +109,42 @@ def steps_done(checkpoint):
 
 
 def load_weights_into(net, weights, path, skip_mismatched=False):
-    """Load a state dict into `net`; position tables of another grid are made for the new one, other misfits are errors.
+    """Load a state dict into `net`. Raises ValueError listing by name what is missing, unknown or of another shape.
 
-    skip_mismatched: leave tensors of another shape, missing and unknown ones alone, and say which.
+    skip_mismatched: say it instead, and leave those out; position tables of another grid are interpolated to this one.
     """
     own = net.state_dict()
-    other_grid = [name for name in own if name.endswith("pos_embed") and name in weights and weights[name].shape != own[name].shape]
-    weights = {name: value for name, value in weights.items() if name not in other_grid}
-    missing = sorted(own.keys() - weights.keys() - set(other_grid))
-    unknown = sorted(weights.keys() - own.keys())
-    shapes = [f"{name} {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
-              for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape]
-    problems = [f"{kind}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}"
-                for kind, names in (("missing", missing), ("unknown", unknown), ("other shape", sorted(shapes))) if names]
+    if skip_mismatched:
+        weights = {name: _fit_positions(name, value, own, path) for name, value in weights.items()}
+    fits = {name: name in own and value.shape == own[name].shape for name, value in weights.items()}
+    misfits = {"missing": own.keys() - weights.keys(), "unknown": weights.keys() - own.keys(),
+               "other shape": {f"{name} {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
+                               for name in weights.keys() & own.keys() if not fits[name]}}
+    problems = "; ".join(f"{kind}: {_some_of(sorted(names))}" for kind, names in misfits.items() if names)
     if problems and not skip_mismatched:
-        raise ValueError(f"checkpoint {path} does not fit the model; {'; '.join(problems)}. "
+        raise ValueError(f"checkpoint {path} does not fit the model; {problems}. "
                          f"Check the model section of the config, or leave these out with --skip_mismatched")
+    if not any(fits.values()):
+        raise ValueError(f"checkpoint {path} has nothing that fits the model; {problems}")
     if problems:
-        say(f"checkpoint {path}: left at fresh values or out; {'; '.join(problems)}")
-    if other_grid:
-        say(f"checkpoint {path}: {', '.join(other_grid)} are of another grid; the fixed positions of this one are used")
-    fitting = {name: value for name, value in weights.items() if name in own and value.shape == own[name].shape}
-    net.load_state_dict(fitting, strict=False)
+        say(f"checkpoint {path}: left at fresh values or out; {problems}")
+    net.load_state_dict({name: value for name, value in weights.items() if fits[name]}, strict=False)
+
+
+def _fit_positions(name, value, own, path):
+    """A fixed position table of another grid, made anew in units of that grid; anything else as it is."""
+    if not name.endswith("pos_embed") or name not in own or value.dim() != 3 or value.shape[2] != own[name].shape[2]:
+        return value
+    (old, width), new = value.shape[1:], own[name].shape[1]
+    old_grid, new_grid = math.isqrt(old), math.isqrt(new)
+    if old == new or old_grid**2 != old or not torch.allclose(value, sincos_positions(width, old_grid), atol=1e-3):
+        return value
+    say(f"checkpoint {path}: {name} is interpolated from {old_grid} x {old_grid} to {new_grid} x {new_grid} patches")
+    return sincos_positions(width, new_grid, unit_grid=old_grid)
+
+
+def _some_of(names, count=6):
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def damage(path):
@@ -150,12 +178,21 @@ def file_sha256(path):
 
 
 def find_latest(folder):
-    """Path of the newest undamaged checkpoint of a folder, or None; damaged ones are named and passed over."""
+    """Path of the newest undamaged checkpoint of a folder, or None; damaged ones are named and passed over.
+
+    Raises ValueError if there are finished checkpoints and all are damaged: weeks of work are not silently begun anew.
+    """
+    damaged = []
     for path in reversed(_steps_in(folder)):
-        problem = damage(path) if _manifest_path(path).is_file() else "it has no manifest: its writing was interrupted"
+        finished = _manifest_path(path).is_file()
+        problem = damage(path) if finished else "it has no manifest: its writing was interrupted"
         if problem is None:
             return path
         say(f"checkpoint {path} is passed over: {problem}")
+        damaged += [path.name] if finished else []
+    if damaged:
+        raise ValueError(f"all checkpoints in {folder} are damaged ({', '.join(damaged)}); restore one, "
+                         f"or move the folder away to begin at the first step")
     return None
 
 
@@ -191,48 +228,52 @@ class CheckpointWriter:
 
     def __init__(self, folder, keep_last=3, keep_every=0):
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
-        self.thread = self.error = None
+        self.thread, self.failed = None, False
         self.host_copies = {}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):
-            leftover.unlink()
 
-    def check_space(self, num_bytes):
-        """Raise OSError now if checkpoints of about `num_bytes` cannot be written here."""
-        probe = self.folder / "probe.tmp"
+    def check_space(self, num_bytes, num_coming):
+        """Make the folder; raise OSError now if it cannot hold `num_coming` more checkpoints of about `num_bytes`.
+
+        Old ones go as new ones come, but only when the new one is complete.
+        """
         try:
-            probe.write_bytes(b"0")
-            probe.unlink()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob("*.tmp"):
+                leftover.unlink()
+            write_atomically(self.folder / "probe", b"0")
+            (self.folder / "probe").unlink()
         except OSError as error:
-            raise OSError(f"checkpoint folder {self.folder} cannot be written: {error.strerror}; "
+            raise OSError(f"checkpoint folder {self.folder} cannot be written ({error.strerror}); "
                           f"choose another with log.results_dir") from error
+        if self.keep_last:
+            there = len([path for path in _steps_in(self.folder) if _manifest_path(path).is_file()])
+            num_coming = min(num_coming, max(1, self.keep_last + 1 - there))
         free = shutil.disk_usage(self.folder).free
-        wanted = 2 * num_bytes  # the new one is complete before an old one goes
-        if free < wanted:
-            raise OSError(f"checkpoint folder {self.folder} has {free / 1e9:.2f} GB free, but two checkpoints of "
-                          f"{num_bytes / 1e9:.2f} GB are needed; free some space or choose another place with log.results_dir")
+        if free < num_coming * num_bytes:
+            raise OSError(f"checkpoint folder {self.folder} has {free / 1e9:.2f} GB free, but {num_coming} more checkpoint(s) of "
+                          f"{num_bytes / 1e9:.2f} GB are to come; free some space, keep fewer with log.keep_last, "
+                          f"or choose another place with log.results_dir")
 
     def save(self, step, state):
-        """Copy `state` to host memory and write it as checkpoint `step` in the background.
-
-        Waits for the previous checkpoint first. A write that failed is reported by the next call of `save` or `wait`.
-        """
+        """Copy `state` to host memory and write it as checkpoint `step` in the background; waits for the previous one first."""
         self.wait()
         snapshot = self._copy_to_host(state)
         self.thread = threading.Thread(target=self._write, args=(step, snapshot), name=f"checkpoint-{step}")
         self.thread.start()
 
     def wait(self):
-        """Wait until the last `save` is on disk. Returns True if it is, False (after saying why) if it failed."""
+        """Wait until the last `save` is on disk. True if it is (or there was none), False if it failed, which was said."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        error, self.error = self.error, None
-        if error is not None:
-            say(f"WARNING: {error}; the earlier checkpoints in {self.folder} are whole")
-        return error is None
+        return not self.failed
 
-    def _copy_to_host(self, state, key=""):
+    def newest(self):
+        """Path of the newest finished checkpoint, or None."""
+        self.wait()
+        return next((path for path in reversed(_steps_in(self.folder)) if _manifest_path(path).is_file()), None)
+
+    def _copy_to_host(self, state):
         """The same containers with every tensor copied into a host buffer that is reused by the next save."""
         copy = self._copy_tree(state, ())
         if torch.cuda.is_available():
@@ -254,17 +295,21 @@ class CheckpointWriter:
 
     def _write(self, step, state):
         path = self.folder / f"{step:07d}.pt"
+        self.failed = True
         try:
             write_checkpoint(path, state)
-            self._delete_old()
-        except Exception as error:  # a thread's exception is kept for the main thread to report
+            self.failed = False
+            self._delete_old(step)
+        except Exception as error:  # nobody above a thread would say it
             reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else _first_line(error)
-            self.error = OSError(f"checkpoint {path} was not written: {reason}")
+            what = f"{path} was not written" if self.failed else f"checkpoints older than {path} were not deleted"
+            say(f"WARNING: {what}: {reason}; the earlier checkpoints in {self.folder} are whole")
 
-    def _delete_old(self):
+    def _delete_old(self, step):
+        """Delete what keep_last and keep_every do not keep. Later steps than `step` (damaged, passed over) do not count."""
         if not self.keep_last:
             return
-        for path in _steps_in(self.folder)[:-self.keep_last]:
+        for path in [path for path in _steps_in(self.folder) if int(path.stem) <= step][:-self.keep_last]:
             if not (self.keep_every and int(path.stem) % self.keep_every == 0):
                 _manifest_path(path).unlink(missing_ok=True)  # first: without it the checkpoint counts for nothing
                 path.unlink()
@@ -274,13 +319,14 @@ def write_checkpoint(path, state):
     """Write a .pt and then its manifest, each to a temporary file that is flushed to disk and renamed."""
     path = Path(path)
     temporary = path.with_suffix(".pt.tmp")
-    _manifest_path(path).unlink(missing_ok=True)  # rewriting a step: the old manifest must not vouch for the new file
     try:
         with open(temporary, "wb") as stream:
             hashing = _HashingStream(stream)
             torch.save(state, hashing)
             _flush_to_disk(stream)
+        _manifest_path(path).unlink(missing_ok=True)  # rewriting a step: the old manifest must not vouch for the new file
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

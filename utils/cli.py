@@ -6,6 +6,7 @@ import traceback
 from pathlib import Path
 
 EXIT_USER_ERROR = 2
+EXIT_OTHER_FAILED = 1
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -13,20 +14,38 @@ def run(main):
     """Call `main()` and exit with its return value (None means 0).
 
     ValueError and OSError raised by this project's own code are messages for the user: one line on stderr, exit code 2.
-    The same classes raised inside a library, and every other class, are bugs and keep their traceback.
-    MASKDIT_DEBUG=1 shows the traceback of user errors too.
+    The same classes raised inside a library, and every other class, are bugs and keep their traceback. A process that only
+    ends because another one did says which. MASKDIT_DEBUG=1 shows all tracebacks.
     """
     try:
         code = main()
-    except (ValueError, OSError) as error:
-        if not _raised_here(error) or os.environ.get("MASKDIT_DEBUG"):
-            raise
-        _report(error)
-        code = EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
+    except Exception as error:
+        code = _report(error)
+        if code is None:
+            raise
     sys.exit(code)
+
+
+def _report(error):
+    """Tell the user about `error`, and the other processes too; returns the exit code, or None if a traceback is due."""
+    distributed = sys.modules.get("utils.distributed")
+    several = distributed is not None and distributed.world_size() > 1
+    if several:
+        lost = distributed.explain_loss(error)
+        if lost is not None:
+            print(f"rank {distributed.rank()} {lost}", file=sys.stderr, flush=True)
+            return EXIT_OTHER_FAILED
+    first = not several or distributed.note_failure(f"{type(error).__name__}: {error}")
+    if not isinstance(error, (ValueError, OSError)) or not _raised_here(error) or os.environ.get("MASKDIT_DEBUG"):
+        return None
+    if several and first:
+        print(f"error on rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
+    elif not several and int(os.environ.get("RANK", 0)) == 0:  # before the group exists every process finds the same
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR
 
 
 def _raised_here(error):
@@ -34,16 +53,6 @@ def _raised_here(error):
     frames = traceback.extract_tb(error.__traceback__)
     path = Path(frames[-1].filename).resolve()
     return path.is_relative_to(PROJECT_ROOT) and "site-packages" not in path.parts
-
-
-def _report(error):
-    """Print the error once: rank 0 speaks for all before the process group exists, every rank for itself after."""
-    distributed = sys.modules.get("utils.distributed")
-    rank = int(os.environ.get("RANK", 0))
-    if distributed is not None and distributed.world_size() > 1:
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-    elif rank == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
 
 
 def str_to_bool(text):

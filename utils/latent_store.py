@@ -261,14 +261,28 @@ class StoredLatents(LatentSet):
         places = (images - self._starts[shards]).tolist()
         kinds = (indices // self.num_images).tolist()
         rows = out.reshape(len(out), math.prod(self.sample_shape))
-        for row, kind, shard, place in zip(rows, kinds, shards.tolist(), places):
-            row[:] = self._map(kind, shard)[place]
+        for row, kind, shard, place, index in zip(rows, kinds, shards.tolist(), places, indices.tolist()):
+            mapped = self._map(kind, shard)
+            self._check_not_cut(kind, shard, index)
+            row[:] = mapped[place]
+
+    def _check_not_cut(self, kind, shard, index):
+        """Touching a mapped page beyond the end of a file kills the process (SIGBUS), so look before each read."""
+        name = _shard_file(kind, shard)
+        wanted = self.manifest["shards"][shard]["files"][name]["bytes"]
+        try:
+            found = os.stat(self.path / name).st_size
+        except OSError as error:
+            raise OSError(f"{self.path / name}: sample {index} cannot be read ({error.strerror}); is the disk still there?") from error
+        if found < wanted:
+            raise ValueError(f"{self.path / name}: sample {index} cannot be read, the file was cut to {found} bytes since it was "
+                             f"opened, the manifest wants {wanted}; restore it or make the set again")
 
     def _map(self, kind, shard):
         """The moments (kind 0) or mirrored moments (kind 1) of a shard as rows (n, 2C*H*W) of its mapped file."""
         rows = self._maps.get((kind, shard))
         if rows is None:
-            name = f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
+            name = _shard_file(kind, shard)
             shape = (self.manifest["shards"][shard]["count"], *self.sample_shape)
             rows = np.asarray(_mapped(self.path / name, shape, self.dtype)).reshape(shape[0], math.prod(self.sample_shape))
             self._maps[kind, shard] = rows
@@ -280,6 +294,11 @@ class StoredLatents(LatentSet):
             self._labels = np.concatenate([_mapped(self.path / f"labels-{i:05d}.npy", (shard["count"],), np.dtype(np.int64))
                                            for i, shard in shards])
         return self._labels[image_indices]
+
+
+def _shard_file(kind, shard):
+    """Name of a shard's moments (kind 0) or mirrored moments (kind 1)."""
+    return f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
 
 
 def read_manifest(path):

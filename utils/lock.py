@@ -1,5 +1,7 @@
 """One job per experiment folder: a lock file with host, process and a heartbeat."""
 
+import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -22,8 +24,9 @@ class RunLock:
         self.path = Path(folder) / "run.lock"
         self.silence_s = silence_s
         self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": _process_start(os.getpid())}
-        while not self._create():
-            self._remove_if_dead()
+        with _one_at_a_time(folder):
+            while not self._create():
+                self._remove_if_dead()
         self.stop = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="run-lock", daemon=True)
         self.thread.start()
@@ -39,6 +42,9 @@ class RunLock:
 
     def _remove_if_dead(self):
         owner = self._read()
+        if owner is None:
+            time.sleep(1.0)  # its writer may be between creating and filling it
+            owner = self._read()
         if owner is not None and self._alive(owner):
             raise ValueError(f"{self.path.parent} is in use by process {owner['pid']} on {owner['host']}; "
                              f"stop that job first, or give this one another log.exp_name")
@@ -48,15 +54,9 @@ class RunLock:
         """The owner as written, or None when the file is gone or was cut short by a crash."""
         try:
             owner = json.loads(self.path.read_text())
-            return owner if {"host", "pid", "started"} <= set(owner) else None
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
-        except ValueError:
-            time.sleep(1.0)  # its writer may be between creating and filling it
-            try:
-                return json.loads(self.path.read_text())
-            except (ValueError, FileNotFoundError):
-                return None
+        return owner if isinstance(owner, dict) and owner.keys() == self.owner.keys() else None
 
     def _alive(self, owner):
         if owner["host"] == self.owner["host"]:
@@ -87,6 +87,18 @@ class RunLock:
         self.thread.join()
         if self._read() == self.owner:
             self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder):
+    """Keep other processes of this host from taking over the same dead lock at the same moment."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network disks have no flock: creating the file is still exclusive
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # also lets go of the flock
 
 
 def _process_start(pid):

@@ -98,26 +98,27 @@ class RunLog:
             return
         folder = Path(folder)
         self.text_file = open(folder / "log.txt", "a", buffering=1)
-        self.metrics_file = open(folder / "metrics.jsonl", "ab")
-        self._cut(position or 0)
-        step = json.loads(self._last_line(folder))["step"] if position else 0
+        self.metrics_file = open(folder / "metrics.jsonl", "a+b")
+        last_step = self._cut(position or 0)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
         if wandb:
             self.wandb = _start_wandb(folder, config)
 
     def _cut(self, position):
-        size = self.metrics_file.seek(0, os.SEEK_END)
-        if size < position:
-            raise ValueError(f"{self.metrics_file.name} has {size} bytes but the checkpoint was written when it had {position}; "
-                             f"restore the file, or move it away together with newer checkpoints")
-        self.metrics_file.truncate(position)
+        """Cut metrics.jsonl to `position` bytes and whole lines; returns the last step in it (0: none)."""
+        self.metrics_file.seek(0)
+        lines = self.metrics_file.read(position).splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        whole = sum(map(len, lines))
+        if whole < position:
+            self.say(f"WARNING: {self.metrics_file.name} had {position} bytes at the checkpoint, {whole} are left; "
+                     f"what is missing stays missing")
+        self.metrics_file.truncate(whole)
         self.metrics_file.seek(0, os.SEEK_END)
-
-    @staticmethod
-    def _last_line(folder):
-        return (folder / "metrics.jsonl").read_bytes().splitlines()[-1]
+        return json.loads(lines[-1])["step"] if lines else 0
 
     @property
     def position(self):

@@ -37,42 +37,42 @@ def setup_backends(tf32, deterministic):
 
 
 class Stepper:
-    """One optimizer step in any precision: loss scaling, clipping, and skipping of steps with NaN or Inf gradients.
+    """One optimizer step in any precision: loss scaling, clipping, and skipping of steps with NaN or Inf losses or gradients.
 
     Nothing here waits for the GPU: whether a step is skipped is a number on the device, which fused AdamW reads itself.
-    `bad_steps` (2,) int64 on the device counts skipped steps: [in a row until now, in all].
+    `bad_steps` (2,) int64 on the device counts skipped steps: [in a row until now, in all]. After more than max_bad_steps
+    in a row every step is skipped, so that whoever looks some steps later still finds when it began.
     """
 
-    def __init__(self, optimizer, amp, device, grad_clip=0.0):
-        self.optimizer, self.grad_clip = optimizer, grad_clip
+    def __init__(self, optimizer, amp, device, grad_clip=0.0, max_bad_steps=20):
+        self.optimizer, self.grad_clip, self.max_bad_steps = optimizer, grad_clip, max_bad_steps
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=effective_amp(amp, device) == "fp16")
         self.bad_steps = torch.zeros(2, dtype=torch.int64, device=device)
 
     def backward(self, loss):
         """Add the gradients of the scaled loss (a scalar)."""
-        self.scaler.scale(loss).backward()
+        # A loss that overflows can have finite gradients; NaN ones make all processes skip, after they are averaged.
+        sound = torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan)
+        self.scaler.scale(loss * sound).backward()
 
     def step(self):
-        """Unscale, clip, update the weights unless a gradient is NaN or Inf, clear the gradients.
+        """Unscale, clip, update the weights unless the step is bad, clear the gradients.
 
-        Returns the gradient norm before clipping, a scalar on the device (NaN or Inf when the step was skipped).
+        Returns the gradient norm before clipping, a scalar on the device (NaN when the step was skipped).
         """
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None], foreach=True)
-        bad = ~torch.isfinite(norm)
+        in_a_row, total = self.bad_steps
+        bad = ~torch.isfinite(norm) | (in_a_row > self.max_bad_steps)
         if self.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.found_inf = bad.float()  # the same contract by which GradScaler tells fused AdamW to skip
-            self.optimizer.step()
+        self.optimizer.found_inf = bad.float()  # how GradScaler tells fused AdamW to skip; here also without a scaler
+        self.optimizer.step()
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        in_a_row, total = self.bad_steps
         self.bad_steps = torch.stack([(in_a_row + 1) * bad, total + bad])
-        return norm
+        return torch.where(bad, torch.nan, norm)
 
     def state_dict(self):
         return {"scaler": self.scaler.state_dict(), "bad_steps": self.bad_steps.tolist()}

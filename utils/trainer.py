@@ -15,14 +15,16 @@ import torch
 from models import EDMLoss, drop_labels
 from utils import distributed
 from utils.checkpoint import CheckpointWriter, strip_prefixes
+from utils.cli import EXIT_USER_ERROR
 from utils.config import to_dict
 from utils.data import BatchStream
 from utils.ema import EMA
 from utils.logging import Progress, RunLog, format_seconds
 from utils.precision import Stepper, autocast, effective_amp
 from utils.schedules import learning_rate, mask_ratio
-from utils.signals import EXIT_STOPPED, StopNotice
+from utils.signals import EXIT_STOPPED
 
+MIN_LOSS_SCALE = 1.0  # below it fp16 gradients vanish instead of overflowing
 LOGGED = ("loss", "loss_denoising", "loss_mae", "grad_norm")
 
 
@@ -39,7 +41,7 @@ class TrainState:
         self.ema = EMA(net, train.ema_decay)
         trainable = [p for p in net.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
-        self.stepper = Stepper(self.optimizer, train.amp, device, train.grad_clip)
+        self.stepper = Stepper(self.optimizer, train.amp, device, train.grad_clip, train.max_bad_steps)
         self.step = self.images_seen = self.start_step = self.start_images = 0
         self.log_position = None
         self.sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64, device=device)  # since the last log line; last: steps
@@ -67,7 +69,7 @@ class TrainState:
         """Become the run that wrote `checkpoint` (a dict of this class's making)."""
         self.net.load_state_dict(checkpoint["model"])
         self.ema.net.load_state_dict(checkpoint["ema"])
-        self.optimizer.load_state_dict(checkpoint["opt"])
+        self._load_optimizer_state(checkpoint["opt"])
         self.stepper.load_state_dict(checkpoint["stepper"])
         self.step, self.images_seen = checkpoint["step"], checkpoint["images_seen"]
         self.start_step, self.start_images = checkpoint["start_step"], checkpoint["start_images"]
@@ -97,7 +99,13 @@ class TrainState:
                 raise ValueError(f"checkpoint {path}: its optimizer state has nothing that fits {name} {tuple(parameter.shape)}; "
                                  f"to start from its weights only, add --use_strict_load False")
             own["state"][i] = by_name[name]
-        self.optimizer.load_state_dict(own)
+        self._load_optimizer_state(own)
+
+    def _load_optimizer_state(self, saved):
+        """AdamW's moments from a state dict; its settings stay those of the config."""
+        self.optimizer.load_state_dict(saved)
+        for group in self.optimizer.param_groups:
+            group |= {"betas": self.config.train.betas, "weight_decay": self.config.train.weight_decay}
 
     @property
     def amp(self):
@@ -151,30 +159,32 @@ def train_step(state, model, loss, batch, labels, encode, generator):
     return ratio
 
 
-def fit(state, folder, dataset, encode, sample_grid=None, evaluate=None):
+def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None):
     """Train until `state.end_step`; returns 0, or EXIT_STOPPED after a signal (saved, ready to be continued).
 
-    folder: the experiment folder. dataset: see utils.data. encode: see train_step.
+    folder: the experiment folder. dataset: see utils.data. encode: see train_step. notice: see utils.signals.StopNotice.
     sample_grid(net, step) -> (H, W, 3) uint8 picture or None, called on rank 0; evaluate(net, step) -> dict of numbers, called on
     all ranks; both get the EMA network and must leave the global random state alone.
     Raises ValueError when too many steps in a row have NaN or Inf gradients, and what the data set raises on bad data
-    (after the weights are saved).
+    (after the weights are saved); OSError when checkpoints cannot be written, before the first step.
     """
     config, folder = state.config, Path(folder)
     log_config = config.log
     writer = None
     if distributed.is_main():
         writer = CheckpointWriter(folder / "checkpoints", log_config.keep_last, log_config.keep_every)
-        writer.check_space(state.nbytes)
+        writer.check_space(state.nbytes, -(-(state.end_step - state.step) // log_config.ckpt_every))
     distributed.barrier()
     log = RunLog(folder, state.log_position, log_config.tensorboard, log_config.wandb, to_dict(config))
     run = _Run(state, folder, log, writer, sample_grid, evaluate)
     stream = BatchStream(dataset, config.train.batchsize, config.train.seed, distributed.rank(), distributed.world_size(),
                          start=state.images_seen, device=state.device, num_workers=config.data.num_workers)
     try:
-        with StopNotice() as notice, stream:
+        with stream:
             return run.loop(iter(stream), encode, notice)
     finally:
+        if writer is not None:
+            writer.wait()  # whatever happened: nobody else may write here before this is on disk
         log.close()
 
 
@@ -184,7 +194,7 @@ class _Run:
     def __init__(self, state, folder, log, writer, sample_grid, evaluate):
         self.state, self.folder, self.log, self.writer = state, folder, log, writer
         self.sample_grid, self.evaluate = sample_grid, evaluate
-        self.saved_step = state.step if state.log_position is not None else None
+        self.saved_step = state.step  # what the run starts from is on disk already, or the same command makes it again
         self.bad_steps_told = int(state.stepper.bad_steps[1])
 
     def loop(self, batches, encode, notice):
@@ -203,7 +213,8 @@ class _Run:
                 if stop or failed:
                     return self._end_early(error, failed)
                 ratio = train_step(state, model, loss, *batch, encode, generator)
-                if state.step % check_every == 0:
+                distributed.note_progress(f"step {state.step}")
+                if state.step % check_every == 0 or state.step == state.end_step:
                     self._check_bad_steps()
                 self._report(ratio)
                 progress.update()
@@ -216,7 +227,7 @@ class _Run:
         if error is not None:
             raise error
         if failed:
-            return 1  # the rank that failed says why
+            return EXIT_USER_ERROR  # the rank that failed says why
         self.log.say(f"stopped at step {self.state.step} as asked; the same command goes on from there")
         return EXIT_STOPPED if written else 1
 
@@ -267,18 +278,26 @@ class _Run:
         distributed.barrier()
 
     def _check_bad_steps(self):
-        """Warn of skipped steps; end the run when there were too many in a row."""
-        state, train = self.state, self.state.config.train
+        """Warn of skipped steps; end the run when there were too many in a row, or when fp16's loss scale has collapsed."""
+        state, limit = self.state, self.state.config.train.max_bad_steps
         in_a_row, total = state.stepper.bad_steps.tolist()
-        scale = f", loss scale {state.stepper.scaler.get_scale():g}" if state.stepper.scaler.is_enabled() else ""
-        if in_a_row >= train.max_bad_steps:
-            good = f"checkpoint {self.saved_step:07d}.pt" if self.saved_step is not None else "none yet"
-            raise ValueError(f"steps {state.step - in_a_row + 1} to {state.step} all had NaN or Inf gradients{scale}; last good "
-                             f"checkpoint: {good}. Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)")
+        scale = state.stepper.scaler.get_scale() if state.stepper.scaler.is_enabled() else None
+        scale_text = "" if scale is None else f", loss scale {scale:g}"
+        if in_a_row > limit:
+            first = state.step - in_a_row + 1
+            self._give_up(f"steps {first} to {first + limit} all had NaN or Inf losses or gradients{scale_text}")
+        if scale is not None and scale < MIN_LOSS_SCALE:
+            self._give_up(f"fp16's loss scale has fallen to {scale:g} by step {state.step}, after {total} skipped steps")
         if total > self.bad_steps_told:
-            self.log.say(f"WARNING: {total - self.bad_steps_told} steps up to step {state.step} had NaN or Inf gradients and were "
-                         f"skipped ({total} in all{scale})")
+            self.log.say(f"WARNING: {total - self.bad_steps_told} steps up to step {state.step} had NaN or Inf losses or gradients "
+                         f"and were skipped ({total} in all{scale_text})")
             self.bad_steps_told = total
+
+    def _give_up(self, what):
+        newest = self.writer.newest() if self.writer is not None else None
+        newest = distributed.broadcast_object(newest)
+        raise ValueError(f"{what}. Last good checkpoint: {newest or 'none yet'}. "
+                         f"Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)")
 
     def _save(self):
         """Start writing a checkpoint of this step, unless it is there already."""

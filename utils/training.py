@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 from pathlib import Path
 
 from utils.cli import str_to_bool
@@ -26,7 +27,8 @@ def parse_arguments(description, argv=None):
     parser.add_argument("--use_strict_load", type=str_to_bool, default=True, metavar="BOOL",
                         help="True (default): optimizer state and all weights must fit; False: weights only")
     parser.add_argument("--skip_mismatched", action="store_true",
-                        help="leave weights whose shape differs at their fresh values (another class count); positions are interpolated")
+                        help="leave weights whose shape differs at their fresh values (another class count); "
+                        "positions of another resolution are interpolated")
     parser.add_argument("--no_amp", action="store_true", help="train in float32: the same as train.amp=no")
     parser.add_argument("--exp_name", help="the same as log.exp_name=...: the folder of the run")
     parser.add_argument("--results_dir", help="the same as log.results_dir=...: where the folders of runs are")
@@ -60,13 +62,13 @@ def run_folder(config, args):
 
 def launch_if_asked(args, script, argv):
     """With --num_process_per_node, run this script in that many processes; returns their exit code, or None."""
-    from utils import distributed
-
-    if args.num_process_per_node is None or distributed.launched():
+    if args.num_process_per_node is None or "RANK" in os.environ:  # that is: already a worker
         return None
     if args.num_process_per_node < 1 or not 0 <= args.node_rank < args.num_nodes:
         raise ValueError(f"--num_process_per_node {args.num_process_per_node} --num_nodes {args.num_nodes} --node_rank {args.node_rank}: "
                          f"wanted at least 1 process and a node rank below the number of nodes")
+    from utils import distributed
+
     return distributed.launch(script, argv, args.num_process_per_node, args.num_nodes, args.node_rank,
                               args.master_address, args.master_port)
 
@@ -76,18 +78,20 @@ def train(config, args, open_dataset, make_encode):
 
     open_dataset(config) -> dataset. make_encode(config, dataset, device) -> encode(batch, generator) -> latents.
     """
-    from utils import distributed
-    from utils.precision import setup_backends
+    from utils.signals import StopNotice
 
-    distributed.init(config.train.timeout_s)
-    try:
+    with StopNotice() as notice:  # before the slow imports: who is asked to stop meanwhile stops before the first step
+        from utils import distributed
+        from utils.precision import setup_backends
+
+        distributed.init(config.train.timeout_s)
         setup_backends(config.train.tf32, config.train.deterministic)
-        return _train(config, args, open_dataset, make_encode)
-    finally:
+        code = _train(config, args, open_dataset, make_encode, notice)
         distributed.shutdown()
+    return code
 
 
-def _train(config, args, open_dataset, make_encode):
+def _train(config, args, open_dataset, make_encode, notice):
     import torch
 
     from utils import distributed
@@ -107,6 +111,7 @@ def _train(config, args, open_dataset, make_encode):
         distributed.barrier()
         torch.manual_seed(config.train.seed)
         net = build_model(config.model, activation_checkpointing=config.train.activation_checkpointing).to(device)
+        distributed.broadcast_module(net)  # before its copies are made
         state = TrainState(net, config, device, dataset.class_names)
         restore(state, folder, args)
         if distributed.is_main():
@@ -114,7 +119,7 @@ def _train(config, args, open_dataset, make_encode):
         _describe(state, dataset, folder)
         sample_grid = make_sample_grid(config, folder, dataset, device)
         evaluate = make_evaluate(config, device)
-        code = fit(state, folder, dataset, make_encode(config, dataset, device), sample_grid, evaluate)
+        code = fit(state, folder, dataset, make_encode(config, dataset, device), notice, sample_grid, evaluate)
         if distributed.is_main():
             draw_loss_curve(folder)
         if code == 0:
@@ -135,8 +140,10 @@ def restore(state, folder, args):
 
     latest = distributed.broadcast_object(find_latest(folder / "checkpoints") if distributed.is_main() else None)
     if latest is not None:
+        if args.ckpt_path and args.use_ckpt_path and latest.resolve() != Path(args.ckpt_path).resolve():
+            say(f"{args.ckpt_path} is not the newest of its run: {latest.name} is")
         checkpoint = load_checkpoint(latest)
-        _tell_changes(state, checkpoint)
+        _tell_changes(state, checkpoint, folder)
         state.resume(checkpoint)
         say(f"resuming from {latest}: step {state.step}, {state.images_seen:,} images seen")
     elif args.ckpt_path:
@@ -164,16 +171,20 @@ def start_from(state, checkpoint, path, strict, skip_mismatched=False):
     state.images_seen = state.start_images = int(checkpoint.get("images_seen", 0))
 
 
-def _tell_changes(state, checkpoint):
-    """Say which settings differ from the run so far, before going on with the new ones."""
+def _tell_changes(state, checkpoint, folder):
+    """Say which settings differ from the run so far, before going on with the new ones. Another model is a ValueError."""
     from utils import distributed
     from utils.logging import say
 
     then, now = checkpoint["config"], to_dict(state.config)
-    changed = [f"{section}.{key} {then[section].get(key)} -> {value}" for section in now if section != "log"
-               for key, value in now[section].items() if section in then and then[section].get(key) != value]
+    changed = {f"{section}.{key}": f"{then[section].get(key)} -> {value}" for section in now if section != "log"
+               for key, value in now[section].items() if section in then and then[section].get(key) != value}
+    other_model = [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]
+    if other_model:
+        raise ValueError(f"{folder} holds a run of another model: {', '.join(other_model)}; "
+                         f"choose another log.exp_name, or the settings of that run (its config.yaml)")
     if changed:
-        say(f"settings changed since the checkpoint: {', '.join(changed)}")
+        say(f"settings changed since the checkpoint: {', '.join(f'{key} {change}' for key, change in changed.items())}")
     batch_then = then["train"]["batchsize"] * checkpoint["world_size"]
     batch_now = state.config.train.batchsize * distributed.world_size()
     if checkpoint["world_size"] != distributed.world_size() or batch_then != batch_now:
@@ -225,8 +236,10 @@ def make_evaluate(config, device):
     decode = image_decoder(config.vae, device)
     sample = dataclasses.replace(config.sample, num_steps=config.eval.num_steps)
 
+    evaluator = Evaluator.from_config(config.eval)
+
     def evaluate(net, step):
-        evaluator = Evaluator.from_config(config.eval)
+        evaluator.reset()
         for batch in generate(net, decode, list(range(config.eval.num_images)), sample, device):
             evaluator.add(batch.images, batch.index)
         return evaluator.result()["numbers"]
