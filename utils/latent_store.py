@@ -259,24 +259,24 @@ class StoredLatents(LatentSet):
         images = indices % self.num_images
         shards = np.searchsorted(self._ends, images, side="right")
         places = (images - self._starts[shards]).tolist()
-        kinds = (indices // self.num_images).tolist()
-        rows = out.reshape(len(out), math.prod(self.sample_shape))
-        for row, kind, shard, place, index in zip(rows, kinds, shards.tolist(), places, indices.tolist()):
-            mapped = self._map(kind, shard)
+        files = list(zip((indices // self.num_images).tolist(), shards.tolist()))
+        for (kind, shard), index in dict(zip(files, indices.tolist())).items():  # each file once, with one of its samples
             self._check_not_cut(kind, shard, index)
-            row[:] = mapped[place]
+        rows = out.reshape(len(out), math.prod(self.sample_shape))
+        for row, (kind, shard), place in zip(rows, files, places):
+            row[:] = self._map(kind, shard)[place]
 
     def _check_not_cut(self, kind, shard, index):
-        """Touching a mapped page beyond the end of a file kills the process (SIGBUS), so look before each read."""
+        """Touching a mapped page beyond the end of a file kills the process (SIGBUS), so look before each batch."""
         name = _shard_file(kind, shard)
-        wanted = self.manifest["shards"][shard]["files"][name]["bytes"]
+        file, wanted = f"{self.path}/{name}", self.manifest["shards"][shard]["files"][name]["bytes"]
         try:
-            found = os.stat(self.path / name).st_size
+            found = os.stat(file).st_size
         except OSError as error:
-            raise OSError(f"{self.path / name}: sample {index} cannot be read ({error.strerror}); is the disk still there?") from error
+            raise OSError(f"{file}: sample {index} cannot be read ({error.strerror}); is the disk still there?") from error
         if found < wanted:
-            raise ValueError(f"{self.path / name}: sample {index} cannot be read, the file was cut to {found} bytes since it was "
-                             f"opened, the manifest wants {wanted}; restore it or make the set again")
+            raise ValueError(f"{file}: sample {index} cannot be read, the file was cut to {found} bytes since it was opened, "
+                             f"the manifest wants {wanted}; restore it or make the set again")
 
     def _map(self, kind, shard):
         """The moments (kind 0) or mirrored moments (kind 1) of a shard as rows (n, 2C*H*W) of its mapped file."""
