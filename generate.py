@@ -195,13 +195,13 @@ def claim_folder(outdir, args, config, class_idx):
 # ------------------------------------------------------------------------------------------------ outputs
 
 class PngOutput:
-    """One PNG per seed, OUTDIR/000123.png; batches that are there already are not sampled again."""
+    """One PNG per seed, OUTDIR/images/000123.png; batches that are there already are not sampled again."""
 
     def __init__(self, outdir, seeds):
         self.outdir = outdir
 
     def path(self, seed):
-        return self.outdir / f"{seed:06d}.png"
+        return self.outdir / "images" / f"{seed:06d}.png"
 
     def has(self, seeds):
         return all(self.path(seed).is_file() for seed in seeds)
@@ -324,6 +324,8 @@ def report_numbers(result, outdir):
 
     for name, value in result["numbers"].items():
         say(f"{name}: {value:.6g}")
+    for warning in result["warnings"]:
+        say(f"note: {warning}")
     if distributed.is_main():
         (outdir / "metrics.json").write_text(json.dumps(result, indent=1))
 

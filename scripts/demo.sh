@@ -6,6 +6,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash scripts/env.sh)
 SECONDS=0
 out=results/demo
+checkpoint=$out/fashion-mnist-tune/checkpoints/0003200.pt
+# Without a GPU, two processes of 32 images share a step of 64.
+processes=$("$PYTHON" -c 'import os, torch; print("" if torch.cuda.is_available() or os.cpu_count() < 2 else "--num_process_per_node 2 train.batchsize=32")')
 
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 run() {
@@ -17,25 +20,30 @@ step "1/5 Encode 8,000 real images to latents; the other 2,000 are held out from
 run extract_latent.py assets/fashion-mnist $out/latents --vae assets/demo-vae --resolution 32 --num_images 8000
 
 step "2/5 Train with half of the patches masked"
-run train_latent.py --config configs/demo/fashion-mnist.yaml
+run train_latent.py --config configs/demo/fashion-mnist.yaml $processes
 
 step "3/5 Unmasking tuning: a short run on all patches"
 run train_latent.py --config configs/demo/fashion-mnist-tune.yaml --use_ckpt_path False \
-    --ckpt_path $out/fashion-mnist/checkpoints/0003000.pt
+    --ckpt_path $out/fashion-mnist/checkpoints/0002400.pt $processes
 
 step "4/5 Sample 1,000 images, 100 of each class, with guidance"
-run generate.py --ckpt_path $out/fashion-mnist-tune/checkpoints/0004000.pt --outdir $out/samples --seeds 0-999 \
-    --class_idx 0 1 2 3 4 5 6 7 8 9
+run generate.py --ckpt_path $checkpoint --outdir $out/samples --seeds 0-999 --class_idx 0 1 2 3 4 5 6 7 8 9 ${processes% train*}
+
+step "5/5 How good are they? Frechet distance (lower is better) on a small classifier's features, and what real images score"
+run scripts/demo_real_images.py $out/real
+for images in $out/real/heldout.npz $out/samples/images; do
+    run -m fid calc --images $images --ref $out/real/training.npz --embedding classifier --metrics fid
+done
 
 cat <<END
 
 == Done in $SECONDS s (the environment not counted). Look at:
   $out/samples/grid.png              samples, one row per class
-  $out/samples/*.png                 all 1,000 of them, one file per seed
+  $out/samples/images/               all 1,000 of them, one file per seed
   $out/fashion-mnist/loss.png        loss of the masked training (metrics.jsonl has the numbers)
   $out/fashion-mnist/samples/        the grid as training went on
 Try next:
-  python3 generate.py --ckpt_path $out/fashion-mnist-tune/checkpoints/0004000.pt --class_idx sneaker --cfg_scale 3 --outdir $out/sneakers
+  python3 generate.py --ckpt_path $checkpoint --class_idx sneaker --cfg_scale 3 --outdir $out/sneakers
   python3 train_latent.py --config configs/demo/fashion-mnist.yaml log.exp_name=unmasked train.mask_ratio=0
   your own images:   python3 extract_latent.py YOUR_IMAGES data/mine --vae assets/autoencoder_kl.pth --resolution 256
                      python3 train_latent.py --config configs/train/maskdit-latent-imagenet.yaml data.root=data/mine model.num_classes=N
