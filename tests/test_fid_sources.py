@@ -58,7 +58,7 @@ def test_grey_images_become_rgb_and_16_bits_are_refused(tmp_path):
     Image.fromarray(np.full((4, 4), 9, np.uint8)).save(tmp_path / "grey.png")
     assert (everything(open_source(tmp_path)) == 9).all()
     Image.fromarray(np.full((4, 4), 999, np.uint16)).save(tmp_path / "grey.png")
-    with pytest.raises(ValueError, match="grey.png: mode I;16 .* wanted 8-bit"):
+    with pytest.raises(ValueError, match="grey.png: mode I.* wanted 8-bit"):
         everything(open_source(tmp_path))
 
 
