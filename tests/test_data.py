@@ -158,8 +158,8 @@ def test_stored_latents_stream_bit_for_bit(stored):
 
 
 def test_number_of_classes_is_checked_against_the_model(stored):
-    assert open_latents(stored[0], num_classes=5).num_classes == 5
-    with pytest.raises(ValueError, match="has 5 classes, wanted 1000"):
+    assert [open_latents(stored[0], num_classes=wanted).num_classes for wanted in (5, None, 0)] == [5, 5, 5]
+    with pytest.raises(ValueError, match="has 5 classes, wanted 1000; set model.num_classes=5"):
         open_latents(stored[0], num_classes=1000)
 
 

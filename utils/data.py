@@ -19,7 +19,8 @@ def open_latents(path, xflip=False, num_classes=None):
     """Open stored latents of any known format (told by looking at `path`); see `LatentSet` for what comes back.
 
     xflip: count the stored encodings of the mirrored images too, where there are any (`.mirrored` says so).
-    num_classes: what the model expects; checked against the set, and against every label that is read.
+    num_classes: what the model expects; checked against the set, and against every label that is read (None, or 0 for a model
+        without classes: not checked).
     Raises FileNotFoundError or ValueError naming the file, what was found and what is wanted.
     """
     return _expect_classes(open_latent_set(path, xflip), num_classes)
@@ -34,10 +35,10 @@ def open_images(path, resolution, xflip=False, num_classes=None):
 
 
 def _expect_classes(dataset, num_classes):
-    if num_classes is not None:
+    if num_classes:
         if dataset.num_classes not in (None, num_classes):
             raise ValueError(f"{dataset.name} has {dataset.num_classes} classes, wanted {num_classes}; "
-                             f"set the model's number of classes to {dataset.num_classes}")
+                             f"set model.num_classes={dataset.num_classes}")
         dataset.num_classes = num_classes
     return dataset
 
