@@ -41,7 +41,7 @@ install() {
         return
     fi
     rm -f "$stamp"
-    say "installing $(basename "$requirements") into .venv (the first time takes some minutes and about 6 GB)"
+    say "installing $(basename "$requirements") into .venv; with torch this takes some minutes and about 6 GB"
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@" -r "$requirements" </dev/null >&2
     wanted_stamp "$requirements" >"$stamp"
 }
