@@ -42,7 +42,7 @@ NOT_IMPORTED = {"pytest-timeout"}          # a plugin; pytest.ini sets its limit
 
 def source_files():
     """{module name: path} of everything that is imported or run; a package is its __init__."""
-    paths = [*ROOT.glob("*.py"), *(path for folder in ("models", "utils", "fid", "scripts") for path in ROOT.glob(f"{folder}/**/*.py"))]
+    paths = [*ROOT.glob("*.py"), *(path for folder in ("models", "utils", "fid", "scripts", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py"))]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
     return dict(zip(names, paths))
 
@@ -73,7 +73,7 @@ def place(name):
     if name in ROW_OF:
         return name
     package = name.partition(".")[0]
-    return package if package in ("models", "fid") else "scripts" if package == "scripts" or "." not in name else name
+    return package if package in ("models", "fid") else "scripts" if package in ("scripts", "benchmarks") or "." not in name else name
 
 
 def test_every_module_has_its_place():

@@ -1,0 +1,114 @@
+"""Training steps per second: the plain path beside this project's, the same weights, batch and precision.
+
+    python -m benchmarks.train --sizes S/2 B/2 --amp bf16 no --compile --json benchmarks/results/train_cpu.json
+
+An arm is a whole step on stored moments: latents drawn, labels dropped, loss, backward, AdamW, EMA. `plain` is
+benchmarks/reference.py; `ours` is `utils.trainer.train_step`; `unmasked` and `dit` are `ours` without masking and without
+masking and decoder (the paper's baseline). Utilisation is model FLOPs over time over the best matrix product of the same run.
+"""
+
+import argparse
+import itertools
+
+from benchmarks.common import (add_common_arguments, alternate, gemm_arm, model_flops, print_table, speedup, spread,
+                               start, write_json)
+from utils.cli import run
+
+ARMS = ("plain", "ours", "compiled", "unmasked", "dit")
+COLUMNS = ("model", "masked", "amp", "batch", "arm", "ms/step", "img/s", "TFLOP/s", "of peak", "x plain", "GB", "first step s")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["S/2"], help="of the paper's table, as in S/2 B/2 XL/2")
+    parser.add_argument("--mask_ratio", nargs="+", type=float, default=[0.5])
+    parser.add_argument("--amp", nargs="+", default=["bf16"], choices=("no", "bf16", "fp16"))
+    parser.add_argument("--batchsize", nargs="+", type=int, default=[8])
+    parser.add_argument("--in_size", type=int, default=32, help="of the latents: 32 for 256 pixels, 64 for 512 (default 32)")
+    parser.add_argument("--arms", nargs="+", default=["plain", "ours", "compiled"], choices=ARMS)
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all arms but plain")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
+    add_common_arguments(parser, rounds=5)
+    return parser.parse_args(argv)
+
+
+def case_config(args, size, ratio, amp, batch, arm):
+    from utils.config import load_config
+
+    masked = {"unmasked": 0.0, "dit": 0.0}.get(arm, ratio)
+    return load_config(overrides=[
+        f"model.model_type=DiT-{size}", f"model.in_size={args.in_size}", f"train.mask_ratio={masked}", f"train.amp={amp}",
+        f"train.batchsize={batch}", f"model.use_decoder={arm != 'dit'}", f"train.compile={arm == 'compiled'}",
+        f"train.activation_checkpointing={args.checkpointing}", *args.set])
+
+
+def make_arm(config, arm, device):
+    """A function that does one training step of `arm`."""
+    import torch
+
+    from benchmarks.reference import PlainTraining
+    from models import EDMLoss, sample_moments
+    from utils.generation import build_model
+    from utils.trainer import TrainState, train_step
+
+    train, model = config.train, config.model
+    torch.manual_seed(0)
+    net = build_model(model, activation_checkpointing=train.activation_checkpointing).to(device)
+    moments = torch.randn(train.batchsize, 2 * model.in_channels, model.in_size, model.in_size, device=device)
+    labels = torch.randint(model.num_classes, (train.batchsize,), device=device)
+    generator = torch.Generator(device)
+    if arm == "plain":
+        training = PlainTraining(net, train, device)
+        return lambda: training.step(sample_moments(moments, generator), labels, generator)
+    if train.compile:
+        net.compile_blocks()
+    state = TrainState(net, config, device)
+    loss = EDMLoss(train.P_mean, train.P_std, mae_loss_coef=train.mae_loss_coef, patch_size=net.patch_size)
+    return lambda: train_step(state, net, loss, moments, labels, sample_moments, generator)
+
+
+def measure_case(args, size, ratio, amp, batch, device):
+    """Table rows of one size, mask ratio, precision and batch: all its arms, and the matrix product, in turn."""
+    configs = {arm: case_config(args, size, ratio, amp, batch, arm) for arm in args.arms}
+    product, product_flops = gemm_arm(device, amp)
+    steps, weights_bytes = {}, {}
+    for arm, config in configs.items():
+        before = _allocated(device)
+        steps[arm] = make_arm(config, arm, device)
+        weights_bytes[arm] = _allocated(device) - before
+    measured = alternate(steps | {"peak": product}, args, device)
+    peak = product_flops / min(measured["peak"]["seconds"])
+    rows = []
+    for arm, config in configs.items():
+        flops = batch * model_flops(config.model, config.train.mask_ratio, training=True)
+        entry, seconds = measured[arm], spread(measured[arm]["seconds"])
+        rate = flops / seconds["median"]
+        memory = entry["peak_bytes"] and (entry["peak_bytes"] + weights_bytes[arm]) / 1e9
+        rows.append({"model": size, "masked": config.train.mask_ratio, "amp": amp, "batch": batch, "arm": arm,
+                     "ms/step": {key: 1000 * value for key, value in seconds.items()}, "img/s": batch / seconds["median"],
+                     "TFLOP/s": rate / 1e12, "of peak": rate / peak, "peak TFLOP/s": peak / 1e12, "GB": memory,
+                     "x plain": speedup(measured, "plain", arm) if "plain" in steps and arm != "plain" else None,
+                     "first step s": entry["first_s"]})
+    return rows
+
+
+def _allocated(device):
+    import torch
+
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def main():
+    args = parse_arguments()
+    device = start(args)
+    rows = []
+    for case in itertools.product(args.sizes, args.mask_ratio, args.amp, args.batchsize):
+        found = measure_case(args, *case, device)
+        print_table(found, COLUMNS)
+        print(f"peak of a {case[2]} matrix product: {found[0]['peak TFLOP/s']:.3g} TFLOP/s\n", flush=True)
+        rows += found
+        write_json(args.json, device, in_size=args.in_size, rows=rows)
+
+
+if __name__ == "__main__":
+    run(main)
