@@ -46,7 +46,7 @@ class Inception:
 
     def __init__(self, weights, device):
         self.extractor = inception.FeatureExtractor(weights, device)
-        self.device = device
+        self.device = torch.device(device)
         self.class_weight = self.extractor.class_weight
         self.settings = {"resize": inception.RESIZE, "weights_sha256": self.extractor.weights_sha256}
 
@@ -64,7 +64,7 @@ class Pixels:
     dim = PIXEL_GRID * PIXEL_GRID * 3
 
     def __init__(self, device):
-        self.device = device
+        self.device = torch.device(device)
         self.settings = {"resize": f"area-{PIXEL_GRID}"}
 
     def __call__(self, images):
@@ -104,7 +104,7 @@ class Classifier:
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} not found; train it with `python scripts/train_demo_classifier.py`")
         state = inception.read_tensors(path)
-        self.device = device
+        self.device = torch.device(device)
         self.net = ClassifierNet(len(state["head.bias"])).to(device).eval()
         self.net.load_state_dict(state)
         self.settings = {"resize": "none", "weights_sha256": inception.hash_file(path)}
@@ -132,7 +132,7 @@ class Timm:
     """The pooled features of a timm model, on images resized as the model expects (bicubic, antialiased)."""
 
     def __init__(self, name, weights, device):
-        self.name, self.device = name, device
+        self.name, self.device = name, torch.device(device)
         self.net = _timm_model(name, weights).to(device).eval()
         import timm
         config = timm.data.resolve_model_data_config(self.net)

@@ -70,6 +70,7 @@ def full_precision(device):
     else:
         holders, name, exact = (backends.cuda.matmul, backends.cudnn), "allow_tf32", False
     saved = [getattr(holder, name) for holder in holders]
+    matmul_precision = torch.get_float32_matmul_precision()
     try:
         for holder in holders:
             setattr(holder, name, exact)
@@ -78,6 +79,8 @@ def full_precision(device):
     finally:
         for holder, value in zip(holders, saved):
             setattr(holder, name, value)
+        if name == "allow_tf32":  # put back as True, it turns "medium" into "high"
+            torch.set_float32_matmul_precision(matmul_precision)
 
 
 def resize_tf1(images, size=INPUT_SIZE):
@@ -223,11 +226,22 @@ class FeatureExtractor:
         with full_precision(self.device):
             return pool.to(self.device) @ self.class_weight.T
 
-    def _conv(self, name, x, stride=1, same=True):
-        """Convolution, folded BatchNorm, ReLU; `same` pads so that stride 1 keeps the size."""
+    def _convolve(self, name, x, stride=1, same=True):
+        """Convolution with its folded BatchNorm, before the ReLU; `same` pads so that stride 1 keeps the size."""
         weight, bias = self._convolutions[name]
         padding = (weight.shape[2] // 2, weight.shape[3] // 2) if same else 0
-        return F.conv2d(x, weight, bias, stride, padding).relu_()
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    def _conv(self, name, x, stride=1, same=True):
+        return self._convolve(name, x, stride, same).relu_()
+
+    def _mean_conv(self, name, x):
+        """A mean pool, then a 1x1 convolution; done in the other order, which is equal and pools fewer channels."""
+        return F.avg_pool2d(self._convolve(name, x), 3, stride=1, padding=1, count_include_pad=False).relu_()
+
+    def _max_conv(self, name, x):
+        """The last block's pool branch, which the FID network has by a slip that became the standard."""
+        return self._conv(name, F.max_pool2d(x, 3, stride=1, padding=1))
 
     def _chain(self, x, *names):
         for name in names:
@@ -237,11 +251,11 @@ class FeatureExtractor:
     def _trunk(self, x):
         x = self._conv("Conv2d_1a_3x3", x, stride=2, same=False)       # (B, 32, 149, 149)
         x = self._conv("Conv2d_2a_3x3", x, same=False)                 # (B, 32, 147, 147)
-        x = self._conv("Conv2d_2b_3x3", x)                             # (B, 64, 147, 147)
-        x = F.max_pool2d(x, 3, stride=2)                               # (B, 64, 73, 73)
+        x = self._convolve("Conv2d_2b_3x3", x)                           # (B, 64, 147, 147)
+        x = F.max_pool2d(x, 3, stride=2).relu_()                       # (B, 64, 73, 73), the ReLU on the smaller map
         x = self._conv("Conv2d_3b_1x1", x)                             # (B, 80, 73, 73)
-        x = self._conv("Conv2d_4a_3x3", x, same=False)                 # (B, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2)                               # (B, 192, 35, 35)
+        x = self._convolve("Conv2d_4a_3x3", x, same=False)               # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, stride=2).relu_()                       # (B, 192, 35, 35)
         for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
             x = self._block_35(name, x)                                # (B, 256 then 288, 35, 35)
         x = self._reduce_35("Mixed_6a", x)                             # (B, 768, 17, 17)
@@ -252,8 +266,8 @@ class FeatureExtractor:
             x = torch.cat(branches, 1)                                 # (B, 768, 17, 17)
             del branches  # or they would stay in memory beside the next block's
         x = self._reduce_17("Mixed_7a", x)                             # (B, 1280, 8, 8)
-        x = self._block_8("Mixed_7b", x, _mean_3x3)                    # (B, 2048, 8, 8)
-        x = self._block_8("Mixed_7c", x, _max_3x3)                     # (B, 2048, 8, 8)
+        x = self._block_8("Mixed_7b", x, self._mean_conv)              # (B, 2048, 8, 8)
+        x = self._block_8("Mixed_7c", x, self._max_conv)               # (B, 2048, 8, 8)
         return x.mean((2, 3)), spatial
 
     def _block_35(self, name, x):
@@ -261,7 +275,7 @@ class FeatureExtractor:
             self._conv(f"{name}.branch1x1", x),
             self._chain(x, f"{name}.branch5x5_1", f"{name}.branch5x5_2"),
             self._chain(x, f"{name}.branch3x3dbl_1", f"{name}.branch3x3dbl_2", f"{name}.branch3x3dbl_3"),
-            self._conv(f"{name}.branch_pool", _mean_3x3(x)),
+            self._mean_conv(f"{name}.branch_pool", x),
         ), 1)
 
     def _reduce_35(self, name, x):
@@ -277,7 +291,7 @@ class FeatureExtractor:
             self._conv(f"{name}.branch1x1", x),
             self._chain(x, *(f"{name}.branch7x7_{i}" for i in (1, 2, 3))),
             self._chain(x, *(f"{name}.branch7x7dbl_{i}" for i in (1, 2, 3, 4, 5))),
-            self._conv(f"{name}.branch_pool", _mean_3x3(x)),
+            self._mean_conv(f"{name}.branch_pool", x),
         )
 
     def _reduce_17(self, name, x):
@@ -288,7 +302,7 @@ class FeatureExtractor:
             F.max_pool2d(x, 3, stride=2),
         ), 1)
 
-    def _block_8(self, name, x, pool):
+    def _block_8(self, name, x, pool_conv):
         three = self._conv(f"{name}.branch3x3_1", x)
         double = self._chain(x, f"{name}.branch3x3dbl_1", f"{name}.branch3x3dbl_2")
         return torch.cat((
@@ -297,13 +311,5 @@ class FeatureExtractor:
             self._conv(f"{name}.branch3x3_2b", three),
             self._conv(f"{name}.branch3x3dbl_3a", double),
             self._conv(f"{name}.branch3x3dbl_3b", double),
-            self._conv(f"{name}.branch_pool", pool(x)),
+            pool_conv(f"{name}.branch_pool", x),
         ), 1)
-
-
-def _mean_3x3(x):
-    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-
-def _max_3x3(x):
-    return F.max_pool2d(x, 3, stride=1, padding=1)
