@@ -307,7 +307,7 @@ def test_tar_faults_name_file_and_member(tmp_path):
             ("f", [("a.latent", b"123"), ("a.cls", b"1")], "a.latent: 3 bytes are neither"),
             ("g", [("a.npy", npy(MOMENTS[0])), ("a.cls", b"cat")], "a.cls is b'cat'"),
             ("h", [("a.npy", npy(MOMENTS[0])), ("a.json", b'{"name": 3}')], "a.json: no whole number under label"),
-            ("i", [("a.npy", npy(MOMENTS[0][:, :2])), ("a.cls", b"1")], r"shape \(8, 2, 3\), wanted \(channels, size, size\)"),
+            ("i", [("a.npy", npy(MOMENTS[0][:, :2])), ("a.cls", b"1")], r"shape \(8, 2, 3\), wanted float16 or float32 \(channels, size, size\)"),
             ("j", [("a.npy", npy(np.array([{}]))), ("a.cls", b"1")], "not a whole .npy array of numbers"),
             ("k", [], "no sample in 1 tar")):
         (tmp_path / name).mkdir()
@@ -335,7 +335,11 @@ def test_every_way_to_cut_a_tar_is_told(tmp_path):
 def test_sample_of_another_shape_is_told(tmp_path):
     path = write_features(tmp_path / "a")
     np.save(path / "imagenet256_features" / "7.npy", np.zeros((1, 8, 4, 4), np.float32))
-    damaged(path, r"7.npy: array of shape \(8, 4, 4\), wanted \(8, 3, 3\) as the first sample's")
+    damaged(path, r"7.npy: float32 of shape \(8, 4, 4\), wanted float32 of shape \(8, 3, 3\) as the first sample")
+    np.save(path / "imagenet256_features" / "7.npy", MOMENTS[:1].astype(np.float64))
+    damaged(path, r"7.npy: float64 of shape \(8, 3, 3\), wanted float32")
+    np.save(path / "imagenet256_features" / "0.npy", MOMENTS[:1].astype(np.float64))
+    damaged(path, r"0.npy: float64 of shape \(8, 3, 3\), wanted float16 or float32")
 
 
 def test_safetensors_faults_name_file_and_tensor(tmp_path):

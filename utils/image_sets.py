@@ -269,11 +269,13 @@ def _labels_of(path, names, dataset_json):
     folders = [name.rpartition("/")[0] for name in names]
     deep = next((name for name, folder in zip(names, folders) if "/" in folder), None)
     if deep is not None:
-        raise ValueError(f"{path}: {deep} lies two folders deep, wanted CLASS/IMAGE; give the folder that holds the class folders")
+        raise ValueError(f"{path}: {deep} lies two folders deep, wanted CLASS/IMAGE; "
+                         f"give the folder that holds the class folders")
     classes = sorted(set(folders))
     if "" in classes and len(classes) > 1:
         loose = names[folders.index("")]
-        raise ValueError(f"{path}: {loose} lies beside class folders ({classes[1]}, ...); wanted all images in class folders or none")
+        raise ValueError(f"{path}: {loose} lies beside class folders ({classes[1]}, ...); "
+                         f"wanted all images in class folders or none")
     if classes in ([], [""]):
         return np.zeros(len(names), np.int64), 0, []
     index = {name: label for label, name in enumerate(classes)}

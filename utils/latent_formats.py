@@ -56,9 +56,9 @@ class FormatSet(LatentSet):
     holds_latents = False
 
     def _set_shape(self, shape, where, dtype=np.float32):
-        """Take over the stored shape (C, H, W) of one sample."""
-        if len(shape) != 3 or shape[0] % 2 or shape[1] != shape[2]:
-            raise ValueError(f"{where}: array of shape {tuple(shape)}, wanted (channels, size, size) with even channels")
+        """Take over the shape (C, H, W) and type of one stored sample."""
+        if len(shape) != 3 or shape[1] != shape[2] or np.dtype(dtype) not in (np.float16, np.float32):
+            raise ValueError(f"{where}: {np.dtype(dtype)} of shape {tuple(shape)}, wanted float16 or float32 (channels, size, size)")
         self.holds_latents = shape[0] != MOMENTS_CHANNELS
         self.sample_shape = (shape[0] * (2 if self.holds_latents else 1), *shape[1:])
         self.dtype = np.dtype(dtype)
@@ -70,8 +70,9 @@ class FormatSet(LatentSet):
         for row, index in zip(out[:, :channels], indices.tolist()):
             mirrored, image = divmod(index, self.num_images)
             array, where = self._array(image, mirrored)
-            if array.shape != wanted:
-                raise ValueError(f"{where}: array of shape {array.shape}, wanted {wanted} as the first sample's")
+            if array.shape != wanted or array.dtype != self.dtype:
+                raise ValueError(f"{where}: {array.dtype} of shape {array.shape}, wanted {self.dtype} of shape {wanted} "
+                                 f"as the first sample")
             row[:] = array
 
     def _array(self, image, mirrored):
@@ -80,9 +81,9 @@ class FormatSet(LatentSet):
 
 
 class LMDBLatents(FormatSet):
-    """MaskDiT's LMDB: `z-{i}` float32 moments [8, H, W], `y-{i}` ascii class, `length` ascii count; mirrored copies from i + length.
+    """MaskDiT's LMDB: `z-{i}` float32 moments [8, H, W], `y-{i}` ascii class, `length` ascii count of images.
 
-    Whether there are mirrored copies is told by the key `z-{length}`. Memory-mapped, read-only, without lock file.
+    Mirrored copies, told by the key `z-{length}`, follow as i + length. Memory-mapped, read-only, without lock file.
     """
 
     def __init__(self, file, xflip=False):
@@ -286,7 +287,7 @@ class SafetensorsLatents(FormatSet):
 
 
 class FeatureFolderLatents(FormatSet):
-    """fast-DiT's folders: `*_features/NAME.npy` (1, 4, H, W) and `*_labels/NAME.npy` (1,), in the order of the numbers in the names.
+    """fast-DiT's folders: `*_features/NAME.npy` (1, 4, H, W) and `*_labels/NAME.npy` (1,), by the numbers in the names.
 
     Its latents are already multiplied by 0.18215, so scale is 1 here.
     """
