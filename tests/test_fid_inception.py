@@ -136,7 +136,7 @@ def test_callers_precision_changes_nothing_and_is_put_back(extractor, images, ta
 
 def test_tf32_is_off_inside_and_back_after_an_error():
     settings = precision_settings()
-    name, exact = ("fp32_precision", "ieee") if hasattr(torch.backends.cudnn.conv, "fp32_precision") else ("allow_tf32", False)
+    name, exact = ("fp32_precision", "ieee") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ("allow_tf32", False)
     holder = torch.backends.cudnn.conv if name == "fp32_precision" else torch.backends.cudnn
     with pytest.raises(KeyError):
         with inception.full_precision("cpu"):
