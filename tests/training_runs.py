@@ -240,7 +240,7 @@ def _arm(point, count):
     places = {"step": (trainer, "train_step", die), "metrics": (logging.RunLog, "metrics", half_a_line),
               "stream": (checkpoint._HashingStream, "write", half_the_data), "sync": (checkpoint, "_flush_to_disk", die),
               "rename": (checkpoint.os, "replace", die), "manifest": (checkpoint, "write_atomically", die),
-              "delete": (checkpoint.CheckpointWriter, "_delete_old", die), "copy": (checkpoint.CheckpointWriter, "_copy_to_host", die),
+              "delete": (checkpoint.CheckpointWriter, "_delete_old", die), "unlink": (checkpoint.Path, "unlink", die), "copy": (checkpoint.CheckpointWriter, "_copy_to_host", die),
               "grid": (generation, "draw_grid", die), "hang": (trainer, "train_step", sleep), "fail": (trainer, "train_step", fail)}
     owner, name, act = places[point]
     original, passed = getattr(owner, name), [0]

@@ -231,15 +231,16 @@ class CheckpointWriter:
         self.thread, self.failed = None, False
         self.host_copies = {}
 
-    def check_space(self, num_bytes, num_coming):
-        """Make the folder; raise OSError now if it cannot hold `num_coming` more checkpoints of about `num_bytes`.
+    def prepare(self, step, num_bytes, num_coming):
+        """Make and tidy the folder of a run at `step`; raise OSError now if it cannot hold the checkpoints that are to come.
 
-        Old ones go as new ones come, but only when the new one is complete.
+        num_coming: how many, of about num_bytes each. Old ones go as new ones come, but only when the new one is complete.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for leftover in self.folder.glob("*.tmp"):
                 leftover.unlink()
+            self._delete_old(step)  # the last run may have been killed before it came to that
             write_atomically(self.folder / "probe", b"0")
             (self.folder / "probe").unlink()
         except OSError as error:
@@ -306,13 +307,20 @@ class CheckpointWriter:
             say(f"WARNING: {what}: {reason}; the earlier checkpoints in {self.folder} are whole")
 
     def _delete_old(self, step):
-        """Delete what keep_last and keep_every do not keep. Later steps than `step` (damaged, passed over) do not count."""
+        """Delete what keep_last and keep_every do not keep. Later steps than `step` (damaged, passed over) do not count.
+
+        Files without a manifest are not touched: they may be of the published code.
+        """
         if not self.keep_last:
             return
-        for path in [path for path in _steps_in(self.folder) if int(path.stem) <= step][:-self.keep_last]:
-            if not (self.keep_every and int(path.stem) % self.keep_every == 0):
-                _manifest_path(path).unlink(missing_ok=True)  # first: without it the checkpoint counts for nothing
-                path.unlink()
+        written = sorted(int(manifest.stem) for manifest in self.folder.glob("*.json") if manifest.stem.isdigit())
+        paths = [self.folder / f"{number:07d}.pt" for number in written if number <= step]
+        whole = [path for path in paths if path.is_file()]
+        kept = whole[-self.keep_last:] + [path for path in whole if self.keep_every and int(path.stem) % self.keep_every == 0]
+        for path in paths:
+            if path not in kept:
+                path.unlink(missing_ok=True)  # first: without its manifest nobody would delete it any more
+                _manifest_path(path).unlink()
 
 
 def write_checkpoint(path, state):

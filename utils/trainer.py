@@ -173,7 +173,7 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
     writer = None
     if distributed.is_main():
         writer = CheckpointWriter(folder / "checkpoints", log_config.keep_last, log_config.keep_every)
-        writer.check_space(state.nbytes, -(-(state.end_step - state.step) // log_config.ckpt_every))
+        writer.prepare(state.step, state.nbytes, -(-(state.end_step - state.step) // log_config.ckpt_every))
     distributed.barrier()
     log = RunLog(folder, state.log_position, log_config.tensorboard, log_config.wandb, to_dict(config))
     run = _Run(state, folder, log, writer, sample_grid, evaluate)

@@ -1,0 +1,32 @@
+"""The moving average of the weights."""
+
+import torch
+
+from utils.ema import EMA
+
+
+def test_average_after_three_updates_by_hand():
+    net = torch.nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(1.0)
+    ema = EMA(net, decay=0.75)
+    for weight in (2.0, 4.0, 0.0):
+        net.weight.data.fill_(weight)
+        ema.update()
+    # 1 -> 0.75 + 0.5 = 1.25 -> 0.9375 + 1 = 1.9375 -> 1.453125: all exact in binary
+    assert ema.net.weight.item() == 1.453125
+
+
+def test_average_starts_as_a_copy_and_is_its_own():
+    net = torch.nn.Linear(3, 2)
+    ema = EMA(net, 0.9)
+    for one, other in zip(net.parameters(), ema.net.parameters()):
+        assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
+    assert not any(p.requires_grad for p in ema.net.parameters()) and not ema.net.training and net.training
+
+
+def test_frozen_parameters_stay_bit_for_bit():
+    net = torch.nn.Linear(64, 64).requires_grad_(False)
+    ema = EMA(net, 0.9999)
+    for _ in range(50):
+        ema.update()
+    assert torch.equal(ema.net.weight, net.weight)  # w + 0.0001 (w - w): no rounding creeps in

@@ -1,0 +1,84 @@
+"""Killed at 30 random moments, checkpoint writes among them, a run still ends bit for bit like the uninterrupted one."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from training_runs import ROOT, assert_same_run, command_line
+
+KILLS = 30
+# How often a point is passed between two checkpoints, about; a count is drawn up to twice that.
+POINTS = {"stream": 250, "step": 3, "metrics": 2, "sync": 2, "rename": 2, "manifest": 1, "delete": 1, "unlink": 2, "copy": 1, "grid": 1}
+LENGTH = {"train__max_num_steps": 24, "log__ckpt_every": 3, "log__sample_every": 6}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_30_kills_leave_no_trace(runs, tiny_latents, tmp_path, processes):
+    """Each kill is SIGKILL to every process of the run, at a random moment or at a random passing of a named point."""
+    calm = command_line(tiny_latents, tmp_path / "calm", **LENGTH)
+    started = time.monotonic()
+    assert runs.start(calm, tmp_path / "calm.txt", processes)[0] == [0] * processes
+    calm_s = time.monotonic() - started
+    dice = random.Random(processes)
+    kills, killed_at, attempt = 0, set(), 0
+    while kills < KILLS:
+        attempt += 1
+        arguments = command_line(tiny_latents, tmp_path / f"killed-{attempt}", **LENGTH)
+        codes = None
+        while codes != [0] * processes:
+            moment = dice.choice(["any", *POINTS])
+            when = {"send": signal.SIGKILL, "after_s": dice.uniform(0.1, calm_s)} if moment == "any" else \
+                   {"crash": (moment, dice.randint(1, 2 * POINTS[moment]))}
+            codes, said = runs.start(arguments, tmp_path / "killed.txt", processes, **(when if kills < KILLS else {}))
+            assert codes in ([0] * processes, [-signal.SIGKILL] * processes), said
+            if codes != [0] * processes:
+                kills += 1
+                killed_at.add(moment)
+        assert_same_run(tmp_path / f"killed-{attempt}" / "run", tmp_path / "calm" / "run")
+    assert len(killed_at) >= 5, "the points are hardly reached any more; see POINTS"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [1, 2])
+def test_30_kills_of_the_real_script(tiny_latents, tmp_path, processes):
+    """The same with fresh interpreters, started as a user does; the launcher dies with its workers."""
+    start = [] if processes == 1 else ["--num_process_per_node", str(processes)]
+    command = [sys.executable, "train_latent.py", *start]
+    length = {**LENGTH, "train__max_num_steps": 200, "log__ckpt_every": 10, "log__sample_every": 50}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+    def begin(name):
+        arguments = command_line(tiny_latents, tmp_path / name, **length)
+        return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, start_new_session=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    started = time.monotonic()
+    assert begin("calm").wait() == 0
+    calm_s = time.monotonic() - started
+    dice, kills = random.Random(processes), 0
+    while True:
+        run = begin("killed")
+        try:
+            assert run.wait(dice.uniform(0.3, 1.0) * calm_s if kills < KILLS else None) == 0
+            break
+        except subprocess.TimeoutExpired:
+            _kill_tree(run.pid)
+            run.wait()
+            kills += 1
+    print(f"{kills} kills, {processes} processes")
+    assert kills >= 3  # a run that makes progress is over before all 30 are used up
+    assert_same_run(tmp_path / "killed" / "run", tmp_path / "calm" / "run")
+
+
+def _kill_tree(pid):
+    """SIGKILL to a process and all below it, parents first so that nobody restarts or tidies up."""
+    children = [int(child) for task in os.listdir(f"/proc/{pid}/task")
+                for child in open(f"/proc/{pid}/task/{task}/children").read().split()]
+    os.kill(pid, signal.SIGKILL)
+    for child in children:
+        if os.path.exists(f"/proc/{child}/task"):
+            _kill_tree(child)

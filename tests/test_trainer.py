@@ -1,0 +1,237 @@
+"""One training step and the loop around it, in this process."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from training_runs import SETTINGS, metrics
+
+from models import EDMLoss, sample_moments
+from utils.config import load_config
+from utils.data import open_latents
+from utils.generation import build_model
+from utils.signals import EXIT_STOPPED, StopNotice
+from utils.trainer import TrainState, fit, step_seed, train_step
+
+CPU = torch.device("cpu")
+
+
+def make_state(**settings):
+    values = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
+    config = load_config(None, [f"{key}={value}" for key, value in values.items()])
+    torch.manual_seed(0)
+    net = build_model(config.model)
+    for parameter in net.parameters():  # the published zeros would hide most gradients
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return TrainState(net, config, CPU)
+
+
+def encode(moments, generator):
+    return sample_moments(moments, generator)
+
+
+def make_loss(state):
+    return EDMLoss(mae_loss_coef=state.config.train.mae_loss_coef, patch_size=state.net.patch_size)
+
+
+def make_batch(size=4):
+    random = np.random.default_rng(1)
+    return torch.from_numpy(random.standard_normal((size, 8, 8, 8), np.float32)), torch.arange(size) % 5
+
+
+def weights(state):
+    return torch.cat([p.detach().flatten() for p in state.net.parameters()])
+
+
+class FixedDraws(EDMLoss):
+    """Gives every sample the sigma, noise and mask that belong to its latents, however the batch is cut."""
+
+    def draw(self, latents, mask_ratio=0.0, generator=None, num_keep=None, patch_size=None):
+        draws = [EDMLoss.draw(self, latent[None], mask_ratio, torch.Generator().manual_seed(int(latent.abs().sum() * 1e3)))
+                 for latent in latents]
+        mask = dataclasses.replace(draws[0].mask, ids_shuffle=torch.cat([draw.mask.ids_shuffle for draw in draws]))
+        return draws[0]._replace(sigma=torch.cat([draw.sigma for draw in draws]), noise=torch.cat([draw.noise for draw in draws]), mask=mask)
+
+
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_accumulated_rounds_equal_one_round(rounds):
+    """Same draws, same mean gradient: float32 sums in another order differ by about 1e-7; Adam is kept from enlarging that."""
+    norms, losses, gradients = [], [], []
+    for grad_accum in (1, rounds):
+        state = make_state(train__grad_accum=grad_accum, train__class_dropout_prob=0.0, train__mask_ratio_fn="constant")
+        state.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: gradients.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]])))
+        train_step(state, state.net, FixedDraws(patch_size=2), *make_batch(), lambda moments, _: moments[:, :4], torch.Generator())
+        norms.append(state.sums[3].item())
+        losses.append(state.sums[0].item())
+    assert (gradients[0] - gradients[1]).abs().max() < 1e-6 * max(1.0, gradients[0].abs().max().item())
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6) and losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_logged_loss_is_the_true_mean_over_rounds_and_steps():
+    state, wanted = make_state(train__grad_accum=2), []
+
+    class Recorded(EDMLoss):
+        def parts(self, *args, **kwargs):
+            parts = super().parts(*args, **kwargs)
+            wanted.append((parts.denoising + 0.1 * parts.mae).detach())
+            return parts
+
+    for _ in range(3):
+        train_step(state, state.net, Recorded(patch_size=2), *make_batch(), encode, torch.Generator())
+    assert state.sums[-1] == 3 and len(wanted) == 6
+    assert state.sums[0].item() / 3 == pytest.approx(torch.cat(wanted).mean().item(), rel=1e-6)
+    assert state.sums[0].item() == pytest.approx((state.sums[1] + 0.1 * state.sums[2]).item(), rel=1e-6)
+
+
+def test_step_is_a_function_of_seed_and_step():
+    def two_steps(seed):
+        state = make_state(train__seed=seed)
+        torch.manual_seed(np.random.randint(1000))  # the global generator must not matter
+        for _ in range(2):
+            train_step(state, state.net, make_loss(state), *make_batch(), encode, torch.Generator())
+        return weights(state)
+
+    assert torch.equal(two_steps(0), two_steps(0))
+    assert not torch.equal(two_steps(0), two_steps(1))
+    assert len({step_seed(seed, rank, step) for seed in range(4) for rank in range(4) for step in range(40)}) == 640
+
+
+def test_labels_are_dropped_at_the_asked_rate():
+    seen = []
+
+    class Recorded(EDMLoss):
+        def parts(self, net, latents, class_labels, *args, **kwargs):
+            seen.append(class_labels)
+            return super().parts(net, latents, class_labels, *args, **kwargs)
+
+    state = make_state(train__grad_accum=1, train__class_dropout_prob=0.25)
+    for _ in range(8):
+        train_step(state, state.net, Recorded(patch_size=2), *make_batch(250), encode, torch.Generator())
+    labels = torch.cat(seen)
+    share = (labels == 5).double().mean().item()
+    assert share == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 2000) ** 0.5)  # 5 standard deviations
+    assert torch.equal(labels[labels != 5], (torch.arange(2000) % 250 % 5)[labels != 5])
+
+
+def test_learning_rate_and_mask_ratio_follow_the_step():
+    state = make_state(train__warmup_images=0, train__lr=1.0, train__lr_schedule="linear", train__mask_ratio_fn="linear",
+                       train__max_num_steps=4)
+    ratios, rates = [], []
+    for _ in range(4):
+        ratios.append(train_step(state, state.net, make_loss(state), *make_batch(), encode, torch.Generator()))
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert ratios == [0.5, 0.375, 0.25, 0.125] and rates == [1, 0.75, 0.5, 0.25]
+    assert (state.step, state.images_seen) == (4, 16)
+
+
+def test_ema_follows_every_step():
+    state = make_state()
+    start = weights(state)
+    train_step(state, state.net, make_loss(state), *make_batch(), encode, torch.Generator())
+    average = torch.cat([p.flatten() for p in state.ema.net.parameters()])
+    torch.testing.assert_close(average, 0.9 * start + 0.1 * weights(state), atol=1e-7, rtol=1e-6)
+
+
+def test_bad_step_is_skipped_and_left_out_of_the_mean():
+    state = make_state()
+    moments, labels = make_batch()
+    before = weights(state)
+    train_step(state, state.net, make_loss(state), moments * float("nan"), labels, encode, torch.Generator())
+    assert torch.equal(weights(state), before)
+    assert state.sums.tolist() == [0, 0, 0, 0, 0] and state.stepper.bad_steps.tolist() == [1, 1] and state.step == 1
+    train_step(state, state.net, make_loss(state), moments, labels, encode, torch.Generator())
+    assert state.sums[-1] == 1 and torch.isfinite(state.sums).all() and not torch.equal(weights(state), before)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+@pytest.fixture
+def latents(tiny_latents):
+    return open_latents(tiny_latents, num_classes=5)
+
+
+def spoil(bad_calls):
+    """An encode that gives NaN latents in the given calls."""
+    calls = [0]
+
+    def encode(moments, generator):
+        calls[0] += 1
+        return sample_moments(moments, generator) * (float("nan") if calls[0] in bad_calls else 1.0)
+
+    return encode
+
+
+def test_few_bad_steps_are_told_and_survived(latents, tmp_path, capsys):
+    state = make_state(train__grad_accum=1, train__max_bad_steps=3)
+    assert fit(state, tmp_path, latents, spoil({3, 4, 9}), StopNotice()) == 0
+    said = capsys.readouterr().out
+    assert "WARNING: 2 steps up to step 4 had NaN or Inf losses or gradients and were skipped (2 in all)" in said
+    assert "WARNING: 1 steps up to step 10" in said
+    assert metrics(tmp_path)[-1]["bad_steps"] == 3
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path) if line["step"] != 4)
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(latents, tmp_path):
+    state = make_state(train__grad_accum=1, train__max_bad_steps=3, train__max_num_steps=40, log__log_every=10)
+    with pytest.raises(ValueError) as stopped:
+        fit(state, tmp_path, latents, spoil(set(range(6, 10)) | {20}), StopNotice())  # healthy again before anyone looks
+    said = str(stopped.value)
+    assert said.startswith("steps 6 to 9 all had NaN or Inf losses or gradients. Last good checkpoint: ")
+    assert "0000004.pt. Try a lower train.lr, train.grad_clip=1" in said or "0000008.pt. Try" in said
+
+
+def test_collapsed_loss_scale_stops_the_run(latents, tmp_path):
+    state = make_state(train__grad_accum=1, train__max_num_steps=40)
+    state.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
+    with pytest.raises(ValueError, match="fp16's loss scale has fallen to 0.5 by step 6, after 3 skipped steps. Last good checkpoint: "):
+        fit(state, tmp_path, latents, spoil({2, 4, 6}), StopNotice())
+
+
+def test_scaler_state_is_resumed(latents, tmp_path):
+    state = make_state(train__grad_accum=1)
+    state.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=5)
+    fit(state, tmp_path, latents, spoil({2}), StopNotice())
+    content = torch.load(tmp_path / "checkpoints" / "0000012.pt", weights_only=True)
+    other = make_state()
+    other.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    other.resume(content)
+    assert other.stepper.state_dict() == state.stepper.state_dict()
+    assert other.stepper.scaler.get_scale() == 128.0  # 64, halved at step 2, doubled after steps 7 and 12
+    assert other.stepper.bad_steps.tolist() == [0, 1]
+
+
+def test_notice_given_before_the_start_stops_without_a_step(latents, tmp_path):
+    state, notice = make_state(), StopNotice()
+    notice.requested = True
+    assert fit(state, tmp_path, latents, encode, notice) == EXIT_STOPPED
+    assert state.step == 0 and not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_notice_during_evaluation_is_heard_after_it(latents, tmp_path):
+    state, notice = make_state(eval__every=4, eval__ref_path="x"), StopNotice()
+
+    def evaluate(net, step):
+        notice.requested = True
+        return {"fid": 3.0}
+
+    assert fit(state, tmp_path, latents, encode, notice, evaluate=evaluate) == EXIT_STOPPED
+    assert state.step == 4 and metrics(tmp_path)[-1]["fid"] == 3.0
+    assert json.loads((tmp_path / "checkpoints" / "0000004.json").read_text())["step"] == 4
+
+
+def test_interval_checkpoints_and_the_last_one_are_saved(latents, tmp_path):
+    state = make_state(train__max_num_steps=11, log__ckpt_every=3, log__keep_last=2, log__keep_every=6)
+    assert fit(state, tmp_path, latents, encode, StopNotice()) == 0
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("*.pt")) == ["0000006.pt", "0000009.pt", "0000011.pt"]
+
+
+def test_settings_of_the_optimizer_are_those_of_the_config_after_a_resume(latents, tmp_path):
+    state = make_state()
+    fit(state, tmp_path, latents, encode, StopNotice())
+    other = make_state(train__weight_decay=0.5, train__betas="[0.8,0.9]")
+    other.resume(torch.load(tmp_path / "checkpoints" / "0000012.pt", weights_only=True))
+    assert other.optimizer.param_groups[0]["weight_decay"] == 0.5 and other.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
