@@ -2,6 +2,13 @@
 
 import pytest
 
+LATE = {"test_commands.py", "test_extract_latent.py", "test_resume.py", "test_faults.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Files that start whole scripts come last: most of what can be broken is told within the first minutes."""
+    items.sort(key=lambda item: item.path.name in LATE)
+
 
 @pytest.fixture(scope="session")
 def tiny_vae(tmp_path_factory):

@@ -31,6 +31,7 @@ ONLY = {
     "utils.cli": set(),
     "fid": {"fid", "utils.distributed", "utils.logging", "utils.images", "utils.cli"},
 }
+TOOLS = ("scripts", "benchmarks")          # in the row of the top-level scripts
 NO_TORCH = ["utils.cli", "utils.config", "utils.class_names", "download_assets"]
 
 # Import names of requirements that are called otherwise, and of what comes with them.
@@ -42,7 +43,7 @@ NOT_IMPORTED = {"pytest-timeout"}          # a plugin; pytest.ini sets its limit
 
 def source_files():
     """{module name: path} of everything that is imported or run; a package is its __init__."""
-    paths = [*ROOT.glob("*.py"), *(path for folder in ("models", "utils", "fid", "scripts", "benchmarks") for path in ROOT.glob(f"{folder}/**/*.py"))]
+    paths = [*ROOT.glob("*.py"), *(path for folder in ("models", "utils", "fid", *TOOLS) for path in ROOT.glob(f"{folder}/**/*.py"))]
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
     return dict(zip(names, paths))
 
@@ -73,7 +74,7 @@ def place(name):
     if name in ROW_OF:
         return name
     package = name.partition(".")[0]
-    return package if package in ("models", "fid") else "scripts" if package in ("scripts", "benchmarks") or "." not in name else name
+    return package if package in ("models", "fid") else "scripts" if package in TOOLS or "." not in name else name
 
 
 def test_every_module_has_its_place():
@@ -106,7 +107,7 @@ def test_trainer_does_not_know_fid():
 def third_party():
     """Packages that the code and its tests import, under the names of requirements.txt."""
     tests = {path.stem: path for path in ROOT.glob("tests/*.py")}
-    ours = {*FILES, *tests, "scripts"}
+    ours = {*FILES, *tests, *TOOLS}
     found = set()
     for name, path in (FILES | tests).items():
         for target in imports_of(name, path):

