@@ -98,7 +98,7 @@ def sample(args, overrides, seeds):
     device = distributed.device()
     net, config, class_names = load_net(args, overrides, device)
     class_idx = resolve_classes(args.class_idx, net.num_classes, class_names)
-    decode = image_decoder(config.vae, device) if args.format != "latents" or args.ref_path else None
+    decode = image_decoder(config.vae, net.in_channels, device) if args.format != "latents" or args.ref_path else None
     evaluator = make_evaluator(config, len(seeds)) if args.ref_path else None
     outdir = Path(args.outdir or f"samples/{Path(args.ckpt_path).stem}")
     claim_folder(outdir, args, config, class_idx)
@@ -108,9 +108,10 @@ def sample(args, overrides, seeds):
     started = time.monotonic()
     with OUTPUTS[args.format](outdir, seeds) as output:
         with Progress(len(seeds), "sampling", "img") as progress:
+            at_once = min(len(seeds), config.sample.batchsize * distributed.world_size())
+
             def after_step(steps):
-                progress.update(min(len(seeds) - progress.done,
-                                    steps * config.sample.batchsize * distributed.world_size() / config.sample.num_steps))
+                progress.update(min(len(seeds) - progress.done, steps * at_once / config.sample.num_steps))
 
             done = output.has if evaluator is None else None
             for batch in generate(net, decode, seeds, config.sample, device, class_idx, after_step, done):

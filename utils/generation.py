@@ -139,12 +139,15 @@ def generate(net, decode, seeds, config, device, class_idx=(), progress=None, do
         yield Batch(index, batch, class_labels, latents, images)
 
 
-def image_decoder(vae_config, device):
+def image_decoder(vae_config, in_channels, device):
     """decode(latents (B, C, h, w) scaled) -> images (B, H, W, 3) uint8 numpy, by the autoencoder of a VAEConfig.
 
-    Raises FileNotFoundError or ValueError if the autoencoder cannot be loaded.
+    in_channels: those of the network. Raises FileNotFoundError or ValueError if the autoencoder cannot be loaded or has others.
     """
     autoencoder = load_autoencoder(vae_config.path, device)
+    if autoencoder.latent_channels != in_channels:
+        raise ValueError(f"vae.path={vae_config.path} decodes {autoencoder.latent_channels} latent channels, the model makes "
+                         f"{in_channels}; give the autoencoder that its latents were made with")
     autoencoder.decode_batch = vae_config.batchsize
 
     def decode(latents):

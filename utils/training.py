@@ -214,7 +214,7 @@ def make_sample_grid(config, folder, dataset, device):
     from utils.logging import say
 
     try:
-        decode = image_decoder(config.vae, device)
+        decode = image_decoder(config.vae, config.model.in_channels, device)
     except FileNotFoundError as error:
         say(f"{error}; until then sample grids show the first three latent channels")
         decode = latents_to_uint8
@@ -233,7 +233,7 @@ def make_evaluate(config, device):
     from fid.evaluate import Evaluator
     from utils.generation import generate, image_decoder
 
-    decode = image_decoder(config.vae, device)
+    decode = image_decoder(config.vae, config.model.in_channels, device)
     sample = dataclasses.replace(config.sample, num_steps=config.eval.num_steps)
 
     evaluator = Evaluator.from_config(config.eval)
