@@ -20,7 +20,7 @@ run() {
 }
 
 step "1/5 Encode 8,000 real images to latents; the other 2,000 are held out from everything"
-run extract_latent.py assets/fashion-mnist $out/latents --vae assets/demo-vae --resolution 32 --num_images 8000
+run extract_latent.py assets/fashion-mnist/t10k-images-idx3-ubyte.gz $out/latents --vae assets/demo-vae --resolution 32 --num_images 8000
 
 step "2/5 Train with half of the patches masked"
 run train_latent.py --config configs/demo/fashion-mnist.yaml "${launch[@]}" "${batch[@]}"
