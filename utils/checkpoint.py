@@ -87,7 +87,8 @@ def weights_of(checkpoint, which, path):
             found = ", ".join(str(key) for key in checkpoint)
             raise ValueError(f"checkpoint {path} has no {which!r} weights; it has {found}")
         checkpoint = checkpoint[which]
-    tensors = {strip_prefixes(name): value for name, value in checkpoint.items() if isinstance(value, torch.Tensor)}
+    tensors = {strip_prefixes(name): value for name, value in checkpoint.items()
+               if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not tensors or len(tensors) != len(checkpoint):
         raise ValueError(f"checkpoint {path} holds no state dict: wanted names with tensors")
     return tensors
@@ -330,7 +331,10 @@ def write_checkpoint(path, state):
     try:
         with open(temporary, "wb") as stream:
             hashing = _HashingStream(stream)
-            torch.save(state, hashing)
+            try:
+                torch.save(state, hashing)
+            except RuntimeError as error:  # PyTorch's writer buries the disk's error under one of its own
+                raise hashing.error or error
             _flush_to_disk(stream)
         _manifest_path(path).unlink(missing_ok=True)  # rewriting a step: the old manifest must not vouch for the new file
         os.replace(temporary, path)
@@ -354,14 +358,18 @@ def write_atomically(path, content):
 
 
 class _HashingStream:
-    """A write-only stream that hashes what passes through it."""
+    """A write-only stream that hashes what passes through it and remembers what went wrong."""
 
     def __init__(self, stream):
-        self.stream, self.digest = stream, hashlib.sha256()
+        self.stream, self.digest, self.error = stream, hashlib.sha256(), None
 
     def write(self, data):
         self.digest.update(data)
-        return self.stream.write(data)
+        try:
+            return self.stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self):
         self.stream.flush()
