@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+STRAGGLERS_S = 10.0
 TIMINGS = {"images_per_s", "peak_memory_gb"}  # what may differ between two runs of the same steps
 SETTINGS = {"model.model_type": "DiT-S/2", "model.in_size": 8, "model.num_classes": 5, "model.depth": 1, "model.width": 16,
             "model.num_heads": 2, "model.decoder_depth": 1, "model.decoder_width": 16, "model.decoder_num_heads": 2,
@@ -99,18 +100,25 @@ class Runs:
     def __init__(self):
         self.server = None
 
-    def start(self, arguments, log, processes=1, crash=None, crash_rank=0, send=None, when=None, after_s=None, again_s=None):
+    def call(self, function, arguments, log, processes):
+        """Call "module:function" with the arguments in every process; returns everything printed."""
+        codes, said = self.start(arguments, log, processes, function=function)
+        assert codes == [0] * processes, said
+        return said
+
+    def start(self, arguments, log, processes=1, function=None, crash=None, crash_rank=0, send=None, when=None, after_s=None, again_s=None):
         """Train once; returns (exit codes by rank, everything printed).
 
         crash: (point, n): rank crash_rank kills itself at the n-th passing of the point, and the others die with it.
         send: signal number sent to all processes when `when` = (file, n) has n lines, or after_s seconds after the start,
-        and once more again_s seconds later.
+        and once more again_s seconds later. function: see `call`; None: train.
+        Once a process has ended in failure, the others have STRAGGLERS_S until they are killed.
         """
         if self.server is None:
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
             self.server = subprocess.Popen([sys.executable, __file__], cwd=ROOT, env=environment, text=True,
                                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        order = {"arguments": list(map(str, arguments)), "log": str(log), "processes": processes, "crash": crash, "crash_rank": crash_rank,
+        order = {"arguments": list(map(str, arguments)), "log": str(log), "processes": processes, "function": function, "crash": crash, "crash_rank": crash_rank,
                  "send": send, "when": when and [str(when[0]), when[1]], "after_s": after_s, "again_s": again_s}
         self.server.stdin.write(json.dumps(order) + "\n")
         self.server.stdin.flush()
@@ -156,6 +164,8 @@ def _execute(order):
         alive = [child for rank, child in enumerate(children) if rank not in codes]
         if -signal.SIGKILL in codes.values():
             order["send"], order["after_s"] = signal.SIGKILL, 0  # a power cut ends all processes
+        if alive and any(codes.values()) and not order["send"]:
+            order["send"], order["after_s"] = signal.SIGKILL, time.monotonic() - started + STRAGGLERS_S
         if order["send"] and _due(order, time.monotonic() - started):
             for child in alive:
                 os.kill(child, order["send"])
@@ -188,22 +198,28 @@ def _fork(order, rank, port):
                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         if order["crash"] and rank == order["crash_rank"]:
             _arm(*order["crash"])
-        code = _train(order["arguments"])
+        code = _act(order["function"], order["arguments"])
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def _train(arguments):
+def _act(function, arguments):
+    import importlib
     import traceback
 
     import train_latent
     from utils.cli import run
 
-    sys.argv = ["train_latent.py", *arguments]
     try:
-        run(train_latent.main)
+        if function is None:
+            sys.argv = ["train_latent.py", *arguments]
+            run(train_latent.main)
+        else:
+            module, name = function.split(":")
+            getattr(importlib.import_module(module), name)(*arguments)
+            return 0
     except SystemExit as end:
         return end.code or 0
     except BaseException:
@@ -237,7 +253,11 @@ def _arm(point, count):
     def fail(*_):
         raise RuntimeError("a bug on purpose")
 
-    places = {"step": (trainer, "train_step", die), "metrics": (logging.RunLog, "metrics", half_a_line),
+    def refuse(*_):
+        raise ValueError("bad data on purpose")
+
+    places = {"refuse": (trainer, "train_step", refuse), "vanish": (trainer, "train_step", lambda *_: os._exit(77)),
+              "step": (trainer, "train_step", die), "metrics": (logging.RunLog, "metrics", half_a_line),
               "stream": (checkpoint._HashingStream, "write", half_the_data), "sync": (checkpoint, "_flush_to_disk", die),
               "rename": (checkpoint.os, "replace", die), "manifest": (checkpoint, "write_atomically", die),
               "delete": (checkpoint.CheckpointWriter, "_delete_old", die), "unlink": (checkpoint.Path, "unlink", die), "copy": (checkpoint.CheckpointWriter, "_copy_to_host", die),

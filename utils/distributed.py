@@ -177,26 +177,31 @@ def note_failure(text):
     """Tell the other processes why this one fails. True if no other process has failed with the same words before."""
     if _store is None:
         return True
-    _store.compare_set("failed", "", f"rank {rank()} failed: {text}")
-    return _store.add(f"said/{text}", 1) == 1
+    try:
+        _store.compare_set("failed", "", f"rank {rank()} failed: {text}")
+        return _store.add(f"said/{text}", 1) == 1
+    except RuntimeError:  # whoever keeps the notes is gone: nobody is left to tell
+        return True
 
 
 def explain_loss(error):
     """If `error` means that another process is gone or silent: which one and why, after giving it time to say so itself; else None."""
     if _store is None or not isinstance(error, RuntimeError) or not _is_lost_connection(error):
         return None
-    _store.set(f"alive/{rank()}", "1")
-    time.sleep(GRACE_S)
     try:
+        _store.set(f"alive/{rank()}", "1")
+        time.sleep(GRACE_S)
         if _store.check(["failed"]):
             return f"ended because {_store.get('failed').decode()}"
         silent = [other for other in range(world_size()) if not _store.check([f"alive/{other}"])]
         places = "; ".join(f"rank {other} was last seen {_last_seen(other)}" for other in silent)
     except RuntimeError:
         return "ended because the process that connects all others (rank 0 or the launcher) is gone"
+    if not silent:
+        return f"ended because a collective failed on every rank: {' '.join(str(error).split())}"
     timed_out = "timed out" in str(error).lower() or "timeout" in str(error).lower()
     how = "did not answer within train.timeout_s: it hangs, or its disk or network does" if timed_out else "is gone: killed, or out of memory"
-    return f"ended because rank {', '.join(map(str, silent)) or 'unknown'} {how}; {places or 'all are alive now'}"
+    return f"ended because rank {', '.join(map(str, silent))} {how}; {places}"
 
 
 def _is_lost_connection(error):

@@ -1,0 +1,217 @@
+"""Many processes: the same start, their own draws, the gradients of one; and what is said when one of them fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from test_trainer import FixedDraws, encode, make_batch, make_state
+from training_runs import ROOT, assert_same_run, command_line, metrics
+
+from models import EDMLoss
+from utils import distributed
+from utils.lock import RunLock
+from utils.trainer import train_step
+
+
+# ------------------------------------------------------------------------------------------------ what every process calls
+
+def first_of(moments, generator):
+    return moments[:, :4]
+
+
+def one_step(state, model, moments, labels):
+    """Mean gradient over the batch, the rounds and the processes, of one training step with fixed draws."""
+    gradients = []
+    state.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: gradients.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]]).clone()))
+    train_step(state, model, FixedDraws(patch_size=2), moments, labels, first_of, torch.Generator())
+    return gradients[0]
+
+
+def save_gradients(folder, grad_accum):
+    distributed.init(60)
+    state = make_state(train__grad_accum=grad_accum, train__class_dropout_prob=0.0)
+    if distributed.rank() == 1:
+        for parameter in state.net.parameters():
+            parameter.data += 1.0
+    distributed.broadcast_module(state.net)
+    moments, labels = (part.chunk(2)[distributed.rank()] for part in make_batch(8))
+    start = torch.cat([p.detach().flatten() for p in state.net.parameters()])
+    gradient = one_step(state, distributed.data_parallel(state.net), moments, labels)
+    end = torch.cat([p.detach().flatten() for p in state.net.parameters()])
+    torch.save([start, gradient, end], f"{folder}/{distributed.rank()}.pt")
+    distributed.shutdown()
+
+
+def save_draws(folder):
+    distributed.init(60)
+    state, drawn = make_state(), []
+
+    class Recorded(EDMLoss):
+        def draw(self, *args, **kwargs):
+            drawn.append(super().draw(*args, **kwargs))
+            return drawn[-1]
+
+        def parts(self, net, latents, class_labels, *args, **kwargs):
+            drawn.append((latents, class_labels))
+            return super().parts(net, latents, class_labels, *args, **kwargs)
+
+    model = distributed.data_parallel(state.net)
+    for _ in range(2):
+        train_step(state, model, Recorded(patch_size=2), *make_batch(40), encode, torch.Generator())
+    names = ("latents", "labels", "sigma", "noise", "mask")
+    rounds = [(latents, labels, draws.sigma, draws.noise, draws.mask.ids_shuffle)
+              for (latents, labels), draws in zip(drawn[::2], drawn[1::2], strict=True)]
+    torch.save({name: torch.cat([part[i] for part in rounds]) for i, name in enumerate(names)}, f"{folder}/{distributed.rank()}.pt")
+    distributed.shutdown()
+
+
+def use_collectives():
+    distributed.init(60)
+    rank = distributed.rank()
+    assert distributed.all_gather_object("x" * rank) == ["", "x", "xx"]
+    assert distributed.broadcast_object({"from": rank}) == {"from": 0}
+    assert distributed.any_of_ranks([rank == 2, False, True]) == [True, False, True]
+    assert distributed.all_reduce_sum(torch.tensor([rank, 1.0])).tolist() == [3.0, 3.0]
+    for _ in range(rank):  # uneven tails: processes with nothing left to do wait at the next collective
+        time.sleep(0.1)
+    distributed.barrier()
+    distributed.shutdown()
+    assert distributed.world_size() == 1 and not distributed.any_rank(False)
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+
+@pytest.mark.parametrize("grad_accum", [1, 2])
+def test_gradients_equal_those_of_one_process_on_the_joined_batch(runs, tmp_path, grad_accum):
+    """To 1e-6 of the largest gradient: float32 sums in another order."""
+    runs.call("test_distributed:save_gradients", [str(tmp_path), grad_accum], tmp_path / "out.txt", processes=2)
+    state = make_state(train__grad_accum=1, train__class_dropout_prob=0.0)
+    start = torch.cat([p.detach().flatten() for p in state.net.parameters()])
+    wanted = one_step(state, state.net, *make_batch(8))
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for start_of_rank, gradient, _ in ranks:
+        assert torch.equal(start_of_rank, start)
+        assert (gradient - wanted).abs().max() < 1e-6 * max(1.0, wanted.abs().max().item())
+    assert torch.equal(ranks[0][1], ranks[1][1]) and torch.equal(ranks[0][2], ranks[1][2])
+
+
+def test_draws_differ_by_rank_and_come_again(runs, tmp_path):
+    draws = []
+    for time_ in ("first", "again"):
+        (tmp_path / time_).mkdir()
+        runs.call("test_distributed:save_draws", [str(tmp_path / time_)], tmp_path / "out.txt", processes=2)
+        draws.append([torch.load(tmp_path / time_ / f"{rank}.pt", weights_only=True) for rank in range(2)])
+    for name in ("latents", "labels", "sigma", "noise", "mask"):  # the batch given to both ranks is the same
+        first, again = draws
+        assert torch.equal(first[0][name], again[0][name]) and torch.equal(first[1][name], again[1][name])
+        assert not torch.equal(first[0][name], first[1][name]), name
+        half = len(first[0][name]) // 2
+        assert not torch.equal(first[0][name][:half], first[0][name][half:]), f"{name} of two steps"
+
+
+def test_collectives_on_three_processes(runs, tmp_path):
+    runs.call("test_distributed:use_collectives", [], tmp_path / "out.txt", processes=3)
+
+
+# ------------------------------------------------------------------------------------------------ failures
+
+def test_failing_rank_is_heard_first_and_ends_all(runs, tiny_latents, tmp_path):
+    codes, said = runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt", processes=2, crash=("fail", 3), crash_rank=1)
+    assert codes == [1, 1]
+    cause, echo = said.index("RuntimeError: a bug on purpose"), said.index("rank 0 ended because rank 1 failed: RuntimeError: a bug on purpose")
+    assert cause < echo and said.count("Traceback") == 1
+    assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_user_error_on_one_rank_is_one_line_and_its_exit_code(runs, tiny_latents, tmp_path):
+    codes, said = runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt", processes=2, crash=("refuse", 3), crash_rank=1)
+    assert codes == [1, 2] and "Traceback" not in said
+    assert said.index("error on rank 1: bad data on purpose") < said.index("rank 0 ended because rank 1 failed: ValueError: bad data on purpose")
+
+
+def test_killed_rank_is_named(runs, tiny_latents, tmp_path):
+    codes, said = runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt", processes=2, crash=("vanish", 4), crash_rank=1)
+    assert codes == [1, 77]
+    assert "rank 0 ended because rank 1 is gone: killed, or out of memory; rank 1 was last seen at step" in said and "Traceback" not in said
+
+
+def test_hung_rank_is_named_within_the_time_out(runs, tiny_latents, tmp_path):
+    arguments = command_line(tiny_latents, tmp_path, train__timeout_s=10)
+    codes, said = runs.start(arguments, tmp_path / "out.txt", processes=3, crash=("hang", 4), crash_rank=2)
+    assert codes == [1, 1, -signal.SIGKILL]
+    assert "rank 0 ended because rank 2 did not answer within train.timeout_s" in said
+    assert "rank 2 was last seen at step" in said and "Traceback" not in said
+
+
+def test_second_job_on_one_folder_is_refused(runs, tiny_latents, tmp_path):
+    (tmp_path / "run").mkdir()
+    held = RunLock(tmp_path / "run")
+    for processes in (1, 2):
+        codes, said = runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt", processes)
+        assert codes[0] == 2 and all(codes)
+        assert f"run is in use by process {os.getpid()}" in said and "Traceback" not in said
+    assert (tmp_path / "run" / "run.lock").exists()
+    held.release()
+    assert runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt")[0] == [0]
+
+
+# ------------------------------------------------------------------------------------------------ the launchers
+
+def start_script(*command):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def signal_when_running(process, number, log):
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < 3):
+        time.sleep(0.05)
+    process.send_signal(number)
+    return process.communicate(timeout=200)[0]
+
+
+LONG = {"train__max_num_steps": 400, "log__ckpt_every": 300}
+
+
+def test_launcher_passes_signals_on_and_the_exit_code_back(runs, tiny_latents, tmp_path):
+    stopped = command_line(tiny_latents, tmp_path / "stopped", **LONG)
+    folder = tmp_path / "stopped" / "run"
+    process = start_script("train_latent.py", "--num_process_per_node", 2, *stopped)
+    said = signal_when_running(process, signal.SIGTERM, folder / "metrics.jsonl")
+    assert process.returncode == 75, said
+    assert "as asked; the same command goes on from there" in said and not (folder / "run.lock").exists()
+    assert metrics(folder)[-1]["step"] < 400
+    goes_on_as_if_never_stopped(runs, tiny_latents, tmp_path)
+
+
+@pytest.mark.slow
+def test_run_stopped_under_torchrun_goes_on(runs, tiny_latents, tmp_path):
+    stopped = command_line(tiny_latents, tmp_path / "stopped", **LONG)
+    process = start_script("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "train_latent.py", *stopped)
+    said = signal_when_running(process, signal.SIGTERM, tmp_path / "stopped" / "run" / "metrics.jsonl")
+    assert process.returncode and "as asked; the same command goes on from there" in said  # torchrun has a code of its own
+    goes_on_as_if_never_stopped(runs, tiny_latents, tmp_path)
+
+
+def goes_on_as_if_never_stopped(runs, data, folder):
+    stopped, calm = (command_line(data, folder / name, **LONG) for name in ("stopped", "calm"))
+    codes, said = runs.start(stopped, folder / "out.txt", processes=2)
+    assert codes == [0, 0] and "resuming from" in said
+    assert runs.start(calm, folder / "out.txt", processes=2)[0] == [0, 0]
+    for name in ("stopped", "calm"):
+        for path in (folder / name / "run" / "checkpoints").iterdir():
+            if path.stem != "0000400":
+                path.unlink()  # the checkpoint of the stop counts for keep_last too
+    assert_same_run(folder / "stopped" / "run", folder / "calm" / "run")
+
+
+def test_launcher_returns_the_exit_code_of_the_failing_worker(tmp_path):
+    arguments = command_line(tmp_path / "nothing", tmp_path)
+    process = start_script("train_latent.py", "--num_process_per_node", 2, *arguments)
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 2 and said.count("no such file or folder") == 1
