@@ -90,7 +90,7 @@ def main():
 
 def sample(args, overrides, seeds):
     from utils import distributed
-    from utils.generation import generate, image_decoder
+    from utils.generation import generate, image_decoder, prepare_network
     from utils.logging import Progress, say
     from utils.precision import setup_backends
 
@@ -102,8 +102,7 @@ def sample(args, overrides, seeds):
     evaluator = make_evaluator(config, len(seeds)) if args.ref_path else None
     outdir = Path(args.outdir or f"samples/{Path(args.ckpt_path).stem}")
     claim_folder(outdir, args, config, class_idx)
-    if config.sample.compile:
-        net.compile_blocks()
+    prepare_network(net, config.sample, device)
 
     started = time.monotonic()
     with OUTPUTS[args.format](outdir, seeds) as output:

@@ -120,6 +120,15 @@ class Attention(nn.Module):
         return self.proj(mixed)
 
 
+def gelu_tanh(x):
+    """GELU in its tanh form: x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")  # one kernel
+    # A compiler fuses either form into one kernel; exp is nearly three times faster in it than tanh.
+    wide = x.float()
+    return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
+
+
 class Mlp(nn.Module):
     """Two linear layers, four times wider in between, with the tanh form of GELU."""
 
@@ -129,7 +138,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, tokens):
-        return self.fc2(F.gelu(self.fc1(tokens), approximate="tanh"))
+        return self.fc2(gelu_tanh(self.fc1(tokens)))
 
 
 def layer_norm(width):

@@ -146,6 +146,12 @@ class MaskDiT(nn.Module):
                 tokens = block(tokens, c)
         return tokens
 
+    def cast_layers(self, dtype):
+        """Store the weights that autocast would round to `dtype` at every call rounded once: the same numbers, for sampling only."""
+        for module in self.modules():
+            if isinstance(module, (DiTBlock, ModulatedLinear)):
+                module.to(dtype)
+
     def compile_blocks(self, **options):
         """torch.compile every block in place; parameter names do not change.
 

@@ -39,6 +39,10 @@ class EDMPrecond(nn.Module):
         output = self.model(c_in * x, c_noise, class_labels, mask)
         return c_skip * x + c_out * output.to(torch.float32)
 
+    def cast_layers(self, dtype):
+        """See MaskDiT.cast_layers."""
+        self.model.cast_layers(dtype)
+
     def compile_blocks(self, **options):
         """See MaskDiT.compile_blocks."""
         self.model.compile_blocks(**options)

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from models.layers import patchify, sincos_positions, unpatchify
+from models.layers import gelu_tanh, patchify, sincos_positions, unpatchify
 
 PARAMETER_COUNTS = {"S": 68_346_496, "B": 175_909_888, "L": 510_176_512, "XL": 730_541_440, "H": 1_010_002_432}
 TINY = dict(depth=2, width=24, num_heads=3, decoder_depth=2, decoder_width=16, decoder_num_heads=2)
@@ -153,6 +153,23 @@ def test_bfloat16_is_close_to_float32(batch):
         rounded = net(*batch, mask)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).norm() / exact.norm() < 0.05
+
+
+@torch.no_grad()
+def test_layers_cast_once_give_the_numbers_of_autocast(batch):
+    net = tiny_net().requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = net(*batch)
+        net.cast_layers(torch.bfloat16)
+        assert torch.equal(net(*batch), expected)
+
+
+def test_gelu_of_compiled_blocks_is_the_same_function():
+    x = torch.linspace(-12, 12, 1001, requires_grad=True)
+    compiled = torch.compile(gelu_tanh, backend="eager")
+    torch.testing.assert_close(compiled(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, gelu_tanh)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=5e-6)  # 1 + tanh loses digits where the result is tiny
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.5])

@@ -16,7 +16,7 @@ from models.maskdit import SIZES
 from utils import distributed
 from utils.config import ModelConfig
 from utils.images import save_grid, to_uint8
-from utils.precision import autocast
+from utils.precision import DTYPES, autocast, effective_amp
 
 
 class SeedStreams:
@@ -60,6 +60,15 @@ def build_model(model_config, **options):
     return create_model(m.model_type, m.in_size, m.in_channels, m.num_classes, m.use_decoder, depth=m.depth, width=m.width,
                         num_heads=m.num_heads, decoder_depth=m.decoder_depth, decoder_width=m.decoder_width,
                         decoder_num_heads=m.decoder_num_heads, **options)
+
+
+def prepare_network(net, config, device):
+    """Make a network that is only sampled with ready for it, as a SampleConfig says: its precision, compiled blocks."""
+    amp = effective_amp(config.amp, device)
+    if amp != "no":
+        net.cast_layers(DTYPES[amp])
+    if config.compile:
+        net.compile_blocks()
 
 
 def infer_model_config(weights, path):
