@@ -306,9 +306,9 @@ def check_stored(reference, embedding):
     if made_with != embedding.name:
         raise ValueError(f"{reference.name}: its statistics are of the {made_with} embedding, the samples' are of "
                          f"{embedding.name}; make a reference with `python -m fid ref --embedding {embedding.name}`")
-    if len(reference.stored.pool.mu) != embedding.dim:
-        raise ValueError(f"{reference.name}: statistics of {len(reference.stored.pool.mu)} features, "
-                         f"{embedding.name} has {embedding.dim}")
+    for gaussian, dim in ((reference.stored.pool, embedding.dim), (reference.stored.spatial, getattr(embedding, "spatial_dim", 0))):
+        if gaussian is not None and len(gaussian.mu) != dim:
+            raise ValueError(f"{reference.name}: statistics of {len(gaussian.mu)} features, {embedding.name} has {dim}")
     theirs, ours = settings.get("weights_sha256"), embedding.settings.get("weights_sha256")
     if theirs is not None and theirs != ours:
         raise ValueError(f"{reference.name}: made with weights sha256 {theirs[:8]}..., the samples are seen with {ours[:8]}...; "
