@@ -259,17 +259,31 @@ class StoredLatents(LatentSet):
         images = indices % self.num_images
         shards = np.searchsorted(self._ends, images, side="right")
         places = (images - self._starts[shards]).tolist()
-        files = list(zip((indices // self.num_images).tolist(), shards.tolist()))
-        for (kind, shard), index in dict(zip(files, indices.tolist())).items():  # each file once, with one of its samples
-            self._check_not_cut(kind, shard, index)
+        files = (shards + indices // self.num_images * len(self._ends)).tolist()  # the mirrored shards count after the others
+        one_of_each = dict(zip(files, indices.tolist()))
+        maps = {file: self._map(file, index) for file, index in one_of_each.items()}
         rows = out.reshape(len(out), math.prod(self.sample_shape))
-        for row, (kind, shard), place in zip(rows, files, places):
-            row[:] = self._map(kind, shard)[place]
+        for row, file, place in zip(rows, files, places):
+            row[:] = maps[file][place]
 
-    def _check_not_cut(self, kind, shard, index):
+    def _map(self, file, index):
+        """A shard of moments (or, from number num_shards on, of mirrored moments) as rows (n, 2C*H*W) of its mapped file.
+
+        index: a sample in it, for messages.
+        """
+        kind, shard = divmod(file, len(self._ends))
+        name = f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
+        self._check_not_cut(name, self.manifest["shards"][shard]["files"][name]["bytes"], index)
+        rows = self._maps.get(name)
+        if rows is None:
+            shape = (self.manifest["shards"][shard]["count"], *self.sample_shape)
+            rows = np.asarray(_mapped(self.path / name, shape, self.dtype)).reshape(shape[0], math.prod(self.sample_shape))
+            self._maps[name] = rows
+        return rows
+
+    def _check_not_cut(self, name, wanted, index):
         """Touching a mapped page beyond the end of a file kills the process (SIGBUS), so look before each batch."""
-        name = _shard_file(kind, shard)
-        file, wanted = f"{self.path}/{name}", self.manifest["shards"][shard]["files"][name]["bytes"]
+        file = f"{self.path}/{name}"
         try:
             found = os.stat(file).st_size
         except OSError as error:
@@ -278,27 +292,12 @@ class StoredLatents(LatentSet):
             raise ValueError(f"{file}: sample {index} cannot be read, the file was cut to {found} bytes since it was opened, "
                              f"the manifest wants {wanted}; restore it or make the set again")
 
-    def _map(self, kind, shard):
-        """The moments (kind 0) or mirrored moments (kind 1) of a shard as rows (n, 2C*H*W) of its mapped file."""
-        rows = self._maps.get((kind, shard))
-        if rows is None:
-            name = _shard_file(kind, shard)
-            shape = (self.manifest["shards"][shard]["count"], *self.sample_shape)
-            rows = np.asarray(_mapped(self.path / name, shape, self.dtype)).reshape(shape[0], math.prod(self.sample_shape))
-            self._maps[kind, shard] = rows
-        return rows
-
     def _read_labels(self, image_indices):
         if self._labels is None:
             shards = enumerate(self.manifest["shards"])
             self._labels = np.concatenate([_mapped(self.path / f"labels-{i:05d}.npy", (shard["count"],), np.dtype(np.int64))
                                            for i, shard in shards])
         return self._labels[image_indices]
-
-
-def _shard_file(kind, shard):
-    """Name of a shard's moments (kind 0) or mirrored moments (kind 1)."""
-    return f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
 
 
 def read_manifest(path):
