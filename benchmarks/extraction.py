@@ -9,14 +9,16 @@ are per second of processor time, so that they are the rate of one core whatever
 import argparse
 import json
 import platform
+import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import run
+from utils.cli import run  # noqa: E402  (the project root has to be on the path first)
 
 RESOLUTION = 256
 H100_FLOPS = 790e12  # bf16 matrix products, measured on one H100; convolutions reach a part of it
@@ -77,19 +79,27 @@ def decoding_rate(folder):
     return len(images) / (time.process_time() - begun)
 
 
-def decoding_wall_rates(folder):
-    """Images per second of wall time through BatchStream, by number of threads."""
-    from utils.data import BatchStream, open_images
+def threads_against_processes(folder, workers=2, rounds=7):
+    """Median images per second of wall time by threads and by processes, which take turns: how much threads block each other."""
+    from multiprocessing import get_context
 
-    rates = {}
-    for threads in (1, 2, 4):
-        images = open_images(folder, RESOLUTION)
-        with BatchStream(images, 16, seed=0, num_workers=threads) as stream:
-            next(stream)
-            begun = time.perf_counter()
-            count = sum(len(next(stream)[0]) for _ in range(len(images) // 16))
-            rates[threads] = round(count / (time.perf_counter() - begun))
-    return rates
+    from utils.image_sets import open_image_set
+
+    images = open_image_set(folder, RESOLUTION)
+    parts = [range(begin, begin + 8) for begin in range(0, len(images) - 7, 8)]
+    rates = {"threads": [], "processes": []}
+    with ThreadPoolExecutor(workers) as threads, ProcessPoolExecutor(workers, get_context("fork")) as processes:
+        for round_number in range(rounds + 1):  # the first one starts the workers
+            for name, pool in (("threads", threads), ("processes", processes)):
+                begun = time.perf_counter()
+                for _ in pool.map(_decode_only, [images] * len(parts), parts):
+                    pass
+                rates[name].append(8 * len(parts) / (time.perf_counter() - begun))
+    return {"workers": workers} | {name: round(statistics.median(found[1:])) for name, found in rates.items()}
+
+
+def _decode_only(images, indices):
+    images.read(indices)
 
 
 def storing_rate(folder):
@@ -141,7 +151,7 @@ def main():
         report = {
             "photographs": {"count": args.images, "mean_bytes": round(size), "pixels": [500, 375], "resolution": RESOLUTION},
             "per_second_of_one_core": {"images decoded and cropped": round(decoding), "samples stored": round(storing)},
-            "images_per_second_by_threads": decoding_wall_rates(folder / "images"),
+            "decoding_by_wall_clock": threads_against_processes(folder / "images"),
             "profile": profile(folder / "images", folder / "latents", args.encode),
             "one_H100_by_arithmetic": {
                 "encoder_GFLOP_per_image": round(encoder_flops() / 1e9), "images_per_second": round(vae_rate),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import run
+from utils.cli import run  # noqa: E402  (the project root has to be on the path first)
 
 SHAPE, NUM_CLASSES, BATCH = (8, 32, 32), 1000, 128
 NEEDED = {"XL/2": 1175, "S/2": 6000}  # samples/s that one H100 can train on: roofline of XL/2, best case of S/2
