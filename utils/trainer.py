@@ -204,6 +204,8 @@ class _Run:
         if train.compile:
             state.net.compile_blocks()
         model = distributed.data_parallel(state.net)
+        if model is not state.net:
+            _settle_buckets(state, model, loss)
         check_every = min(self.state.config.log.log_every, train.max_bad_steps)
         self.clock_step, self.clock_started = state.step, time.monotonic()
         with Progress(state.end_step, "train", "step", initial=state.step, every_s=None) as progress:
@@ -312,6 +314,21 @@ class _Run:
         """Wait for the background writer; True on all ranks if the last checkpoint is on disk."""
         failed = self.writer is not None and not self.writer.wait()
         return not distributed.any_rank(failed)
+
+
+def _settle_buckets(state, model, loss):
+    """Run one pass through DistributedDataParallel and throw its gradients away.
+
+    DDP lays its buckets out anew after the first pass, and the sums of three or more processes depend on the layout. With this
+    pass before the first step, of a new run and of a resumed one alike, no step depends on when the run was started.
+    """
+    net, train = state.net, state.config.train
+    latents = torch.zeros(train.batchsize // train.grad_accum, net.in_channels, net.in_size, net.in_size, device=state.device)
+    labels = torch.zeros(len(latents), dtype=torch.int64, device=state.device) if net.num_classes else None
+    with autocast(train.amp, state.device):
+        parts = loss.parts(model, latents, labels, train.mask_ratio, torch.Generator(state.device).manual_seed(0))
+    (parts.denoising + parts.mae).sum().backward()
+    state.optimizer.zero_grad(set_to_none=True)
 
 
 def _next_or_error(batches):
