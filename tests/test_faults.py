@@ -1,12 +1,15 @@
 """Killed at 30 random moments, checkpoint writes among them, a run still ends bit for bit like the uninterrupted one."""
 
+import io
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
+import numpy as np
 import pytest
 from training_runs import ROOT, assert_same_run, command_line
 
@@ -82,3 +85,46 @@ def _kill_tree(pid):
     for child in children:
         if os.path.exists(f"/proc/{child}/task"):
             _kill_tree(child)
+
+
+def _lmdb(folder, moments):
+    import lmdb
+    with lmdb.open(str(folder), map_size=1 << 26) as store, store.begin(write=True) as transaction:
+        for i, sample in enumerate(moments):
+            transaction.put(f"z-{i}".encode(), sample.tobytes())
+            transaction.put(f"y-{i}".encode(), b"1")
+        transaction.put(b"length", str(len(moments)).encode())
+    return folder / "data.mdb"
+
+
+def _tar(folder, moments):
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for i, sample in enumerate(moments):
+            for kind, content in (("moments", sample.tobytes()), ("cls", b"1")):
+                member = tarfile.TarInfo(f"{i:04d}.{kind}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    return folder / "shard.tar"
+
+
+def _safetensors(folder, moments):
+    from safetensors.numpy import save_file
+    save_file({"labels": np.ones(len(moments), np.int64), "latents": moments}, folder / "shard.safetensors")
+    return folder / "shard.safetensors"
+
+
+@pytest.mark.parametrize("make", [_lmdb, _tar, _safetensors])
+@pytest.mark.parametrize("loss", ["cut", "gone"])
+def test_mapped_file_that_goes_bad_is_an_error_and_no_bus_error(tmp_path, make, loss):
+    from utils.data import open_latents
+    moments = np.random.default_rng(0).standard_normal((400, 8, 8, 8), np.float32)  # 0.8 MB: pages that nobody has touched yet
+    file = make(tmp_path, moments)
+    data = open_latents(tmp_path)
+    np.testing.assert_array_equal(data.read([0])[0], moments[:1])
+    if loss == "cut":
+        os.truncate(file, 8192)
+    else:
+        file.rename(tmp_path / "away")
+    with pytest.raises((ValueError, OSError)) as refusal:
+        data.read([399])
+    assert str(file) in str(refusal.value) and "sample 399 cannot be read" in str(refusal.value)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.latent_store import MANIFEST, PARTIAL, LatentSet, StoredLatents
+from utils.latent_store import MANIFEST, PARTIAL, LatentSet, StoredLatents, check_not_cut
 
 MOMENTS_CHANNELS = 8
 CERTAIN_LOGVAR = -30.0
@@ -104,6 +104,7 @@ class LMDBLatents(FormatSet):
         found = self.file.stat().st_size
         if found < wanted:
             raise ValueError(f"{self.file} is cut short: {found} bytes, its page table wants {wanted}; fetch it again")
+        self.num_bytes = wanted
 
     def _value(self, transaction, key):
         value = transaction.get(key.encode())
@@ -114,6 +115,8 @@ class LMDBLatents(FormatSet):
     def _read_moments(self, indices, out):
         wanted = 4 * math.prod(self.sample_shape)
         rows = out.reshape(len(out), math.prod(self.sample_shape))
+        if len(indices):
+            check_not_cut(self.file, self.num_bytes, int(indices[0]))
         with _environment(self.file).begin(buffers=True) as transaction:
             for row, index in zip(rows, indices.tolist()):
                 value = self._value(transaction, f"z-{index}")
@@ -210,6 +213,7 @@ class WebDatasetLatents(FormatSet):
         mapped = self._maps.get(number)
         if mapped is None:
             mapped = self._maps[number] = memoryview(np.memmap(self.files[number], np.uint8, "r"))
+        check_not_cut(self.files[number], len(mapped), image)
         name = bytes(mapped[offset - 512:offset - 412]).rstrip(b"\0").decode(errors="replace")
         return mapped[offset:offset + size], f"{self.files[number]}: {name}"
 
@@ -276,7 +280,9 @@ class SafetensorsLatents(FormatSet):
     def _array(self, image, mirrored):
         shard, place = self._place(image)
         key = "latents_flip" if mirrored else "latents"
-        array = self._tensor(shard, key)[place]
+        tensor = self._tensor(shard, key)
+        check_not_cut(self.files[shard], tensor.offset + tensor.nbytes, image)
+        array = tensor[place]
         if self.headers[shard][key]["dtype"] == "BF16":
             array = (array.astype(np.uint32) << 16).view(np.float32)
         return array, f"{self.files[shard]}: {key}"

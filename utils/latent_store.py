@@ -273,7 +273,7 @@ class StoredLatents(LatentSet):
         """
         kind, shard = divmod(file, len(self._ends))
         name = f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
-        self._check_not_cut(name, self.manifest["shards"][shard]["files"][name]["bytes"], index)
+        check_not_cut(f"{self.path}/{name}", self.manifest["shards"][shard]["files"][name]["bytes"], index)
         rows = self._maps.get(name)
         if rows is None:
             shape = (self.manifest["shards"][shard]["count"], *self.sample_shape)
@@ -281,23 +281,26 @@ class StoredLatents(LatentSet):
             self._maps[name] = rows
         return rows
 
-    def _check_not_cut(self, name, wanted, index):
-        """Touching a mapped page beyond the end of a file kills the process (SIGBUS), so look before each batch."""
-        file = f"{self.path}/{name}"
-        try:
-            found = os.stat(file).st_size
-        except OSError as error:
-            raise OSError(f"{file}: sample {index} cannot be read ({error.strerror}); is the disk still there?") from error
-        if found < wanted:
-            raise ValueError(f"{file}: sample {index} cannot be read, the file was cut to {found} bytes since it was opened, "
-                             f"the manifest wants {wanted}; restore it or make the set again")
-
     def _read_labels(self, image_indices):
         if self._labels is None:
             shards = enumerate(self.manifest["shards"])
             self._labels = np.concatenate([_mapped(self.path / f"labels-{i:05d}.npy", (shard["count"],), np.dtype(np.int64))
                                            for i, shard in shards])
         return self._labels[image_indices]
+
+
+def check_not_cut(file, wanted, sample):
+    """Raise ValueError or OSError, naming file and sample, if a mapped file has fewer than `wanted` bytes by now, or is gone.
+
+    Touching a mapped page beyond the end of a file kills the process (SIGBUS), so this looks before a read.
+    """
+    try:
+        found = os.stat(file).st_size
+    except OSError as error:
+        raise OSError(f"{file}: sample {sample} cannot be read ({error.strerror}); is the disk still there?") from error
+    if found < wanted:
+        raise ValueError(f"{file}: sample {sample} cannot be read, the file was cut to {found} bytes since it was opened, "
+                         f"it should have {wanted}; restore it or make the set again")
 
 
 def read_manifest(path):
