@@ -131,7 +131,7 @@ class Reference:
             for index, images in batches(self.images, batch_size, places):
                 rows = places[index * batch_size:(index + 1) * batch_size]
                 stream.add(images, index, wanted[rows] if keep else None)
-                progress.update(len(images) * distributed.world_size())
+                _advance(progress, len(images))
         if everything:
             self.statistics = stream.statistics(self.name)
         if keep:
@@ -338,12 +338,17 @@ def count_warnings(embedding, count, reference):
     return warnings
 
 
+def _advance(progress, num_images):
+    """All processes have done about as many images as this one; the last round of batches may be incomplete."""
+    progress.update(min(num_images * distributed.world_size(), progress.total - progress.done))
+
+
 def add_all(evaluator, source, what="images"):
     """Give an evaluator all images of a source (this process's share), with progress under the name `what`."""
     with Progress(len(source), what, "images") as progress:
         for index, images in batches(source, evaluator.batch_size):
             evaluator.add(images, index)
-            progress.update(len(images) * distributed.world_size())
+            _advance(progress, len(images))
 
 
 def measure(images, reference, **options):
@@ -360,7 +365,7 @@ def make_reference(source, embedding, batch_size=64):
     with Progress(len(source), "reference", "images") as progress:
         for index, images in batches(source, batch_size):
             stream.add(images, index, None)
-            progress.update(len(images) * distributed.world_size())
+            _advance(progress, len(images))
     gaussians = stream.statistics(source.name)
     settings = {**embedding_settings(embedding), "conversion": "as stored", "num_images": gaussians["pool"].num_images}
     return statistics.Stored(gaussians["pool"], gaussians.get("spatial"), settings)

@@ -159,7 +159,8 @@ def kernel_distance(a, b):
 def kid(reference_pool, sample_pool, num_subsets=100, subset_size=1000, seed=0):
     """Kernel Inception Distance: mean and standard deviation of kernel_distance over random subsets.
 
-    The subset size is lowered to the smaller set's size. Source: Binkowski et al. 2018 (arXiv 1801.01401).
+    The subset size is lowered to the smaller set's size; where it is all of both sets, every subset is the same and the
+    deviation 0. Source: Binkowski et al. 2018 (arXiv 1801.01401).
     """
     reference, samples = torch.as_tensor(reference_pool), torch.as_tensor(sample_pool)
     size = min(subset_size, len(reference), len(samples))
