@@ -26,6 +26,10 @@ def run(main):
         code = _report(error)
         if code is None:
             raise
+    if "RANK" in os.environ:  # one of several: PyTorch's threads now and then abort the interpreter's way out, and the exit code is lost
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
     sys.exit(code)
 
 
