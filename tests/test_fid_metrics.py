@@ -185,3 +185,20 @@ def test_extrapolation_removes_most_of_the_bias():
 def test_interval_refuses_too_few_samples():
     with pytest.raises(ValueError, match="30 samples, wanted at least 40"):
         interval.jackknife_interval((np.zeros(2), np.eye(2)), torch.zeros(30, 2))
+
+
+def test_all_numbers_equal_torch_fidelity():
+    fidelity = {name: pytest.importorskip(f"torch_fidelity.metric_{name}") for name in ("fid", "isc", "prc", "kid")}
+    generator = torch.Generator().manual_seed(0)
+    samples, reference = torch.randn(90, 12, generator=generator), 1.2 * torch.randn(80, 12, generator=generator)
+    weights = torch.randn(10, 12, generator=generator)
+    gaussians = [metrics.mean_and_covariance(features) for features in (reference, samples)]
+    theirs = fidelity["fid"].fid_statistics_to_metric(*({"mu": mu, "sigma": sigma} for mu, sigma in gaussians), verbose=False)
+    assert metrics.frechet_distance(*gaussians[0], *gaussians[1]) == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
+    theirs = fidelity["isc"].isc_features_to_metric(samples @ weights.T, splits=1, shuffle=False)
+    assert metrics.inception_score(samples, weights) == pytest.approx(theirs["inception_score_mean"], rel=1e-5)  # its logits are float32
+    theirs = fidelity["prc"].prc_features_to_metric(samples, reference, verbose=False)  # generated first
+    assert metrics.precision_recall(reference, samples) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+    theirs = fidelity["kid"].kid_features_to_metric(samples, reference, kid_subsets=1, kid_subset_size=80, verbose=False)
+    ours = metrics.kid(reference, samples[np.random.RandomState(2020).choice(90, 80, replace=False)], num_subsets=1)
+    assert ours[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)  # its kernel is float32
