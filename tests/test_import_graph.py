@@ -63,7 +63,8 @@ def imports_of(name, path):
             for alias in node.names:
                 yield f"{source}.{alias.name}" if f"{source}.{alias.name}" in FILES else source
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "importorskip":
-            yield node.args[0].value
+            if isinstance(node.args[0], ast.Constant):  # a name put together at run time is not known here
+                yield node.args[0].value
 
 
 GRAPH = {name: {target for target in imports_of(name, path) if target in FILES} - {name} for name, path in FILES.items()}
