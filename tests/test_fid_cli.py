@@ -77,8 +77,13 @@ distributed.shutdown()
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "worker.py"],
                    cwd=tmp_path, env=environment, check=True, capture_output=True)
     found = json.loads((tmp_path / "3.json").read_text())
-    alone = evaluate.measure(tmp_path / "samples.npz", tmp_path / "real.npz", embedding=TinyInception(), metrics=evaluate.METRICS,
-                             batch_size=8, interval=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the workers have: the number of threads changes the order of the features' float32 sums
+    try:
+        alone = evaluate.measure(tmp_path / "samples.npz", tmp_path / "real.npz", embedding=TinyInception(),
+                                 metrics=evaluate.METRICS, batch_size=8, interval=True)
+    finally:
+        torch.set_num_threads(threads)
     assert found["numbers"] == pytest.approx(alone["numbers"], rel=1e-9)
     assert {k: v for k, v in found["interval"].items() if k != "of"} == pytest.approx(
         {k: v for k, v in alone["interval"].items() if k != "of"}, rel=1e-9)
