@@ -50,11 +50,11 @@ class Progress:
                                              unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000)
 
     def update(self, count=1, note=""):
-        """Report `count` more units done; `note` is shown beside the numbers."""
+        """Report `count` more units done (parts of a unit add up); `note` is shown beside the numbers."""
         self.done += count
         if self.bar is not None:
             self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(count)
+            self.bar.update(self._whole - self.bar.n)
         elif self.every_s is not None and time.monotonic() - self.last_line >= self.every_s:
             self._line(note)
 
@@ -66,7 +66,11 @@ class Progress:
         left = f", {format_seconds((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
         speed = f"{format_bytes(rate)}/s" if self.unit == "B" else f"{self.unit}, {rate:.3g} {self.unit}/s"
         comma = ", " if self.unit == "B" else " "
-        say(f"{self.desc}: {self._amount(self.done)}{total}{comma}{speed}{left}" + (f", {note}" if note else ""))
+        say(f"{self.desc}: {self._amount(self._whole)}{total}{comma}{speed}{left}" + (f", {note}" if note else ""))
+
+    @property
+    def _whole(self):
+        return int(self.done + 1e-6)  # sums of parts end a rounding error below
 
     def _amount(self, count):
         return format_bytes(count) if self.unit == "B" else str(count)
