@@ -6,12 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash scripts/env.sh)
 SECONDS=0
 out=results/demo
-checkpoint=$out/fashion-mnist-tune/checkpoints/0003200.pt
-# Without a GPU, two processes of 32 images share a step of 64.
-launch=() batch=()
-if "$PYTHON" -c 'import os, sys, torch; sys.exit(torch.cuda.is_available() or os.cpu_count() < 2)'; then
-    launch=(--num_process_per_node 2) batch=(train.batchsize=32)
-fi
+checkpoint=$out/fashion-mnist-tune/checkpoints/0002250.pt
 
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 run() {
@@ -23,14 +18,14 @@ step "1/5 Encode 8,000 real images to latents; the other 2,000 are held out from
 run extract_latent.py assets/fashion-mnist/t10k-images-idx3-ubyte.gz $out/latents --vae assets/demo-vae --resolution 32 --num_images 8000
 
 step "2/5 Train with half of the patches masked"
-run train_latent.py --config configs/demo/fashion-mnist.yaml "${launch[@]}" "${batch[@]}"
+run train_latent.py --config configs/demo/fashion-mnist.yaml
 
 step "3/5 Unmasking tuning: a short run on all patches"
 run train_latent.py --config configs/demo/fashion-mnist-tune.yaml --use_ckpt_path False \
-    --ckpt_path $out/fashion-mnist/checkpoints/0002400.pt "${launch[@]}" "${batch[@]}"
+    --ckpt_path $out/fashion-mnist/checkpoints/0001700.pt
 
-step "4/5 Sample 1,000 images, 100 of each class, with guidance"
-run generate.py --ckpt_path $checkpoint --outdir $out/samples --seeds 0-999 --class_idx 0 1 2 3 4 5 6 7 8 9 "${launch[@]}"
+step "4/5 Sample 500 images, 50 of each class, with guidance"
+run generate.py --ckpt_path $checkpoint --outdir $out/samples --seeds 0-499 --class_idx 0 1 2 3 4 5 6 7 8 9
 
 step "5/5 How good are they? Frechet distance (lower is better) on a small classifier's features, and what real images score"
 run scripts/demo_real_images.py $out/real
@@ -42,7 +37,7 @@ cat <<END
 
 == Done in $SECONDS s (the environment not counted). Look at:
   $out/samples/grid.png              samples, one row per class
-  $out/samples/images/               all 1,000 of them, one file per seed
+  $out/samples/images/               all 500 of them, one file per seed
   $out/fashion-mnist/loss.png        loss of the masked training (metrics.jsonl has the numbers)
   $out/fashion-mnist/samples/        the grid as training went on
 Try next:
