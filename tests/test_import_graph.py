@@ -31,7 +31,7 @@ ONLY = {
     "utils.cli": set(),
     "fid": {"fid", "utils.distributed", "utils.logging", "utils.images", "utils.cli"},
 }
-TOOLS = ("scripts", "benchmarks")          # in the row of the top-level scripts
+TOOLS = ("scripts", "benchmarks", "experiments")  # in the row of the top-level scripts
 NO_TORCH = ["utils.cli", "utils.config", "utils.class_names", "download_assets"]
 
 # Import names of requirements that are called otherwise, and of what comes with them.

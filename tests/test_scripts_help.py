@@ -26,7 +26,7 @@ print("RESULT", json.dumps([code, [name for name in heavy if name in sys.modules
 def targets():
     """Top-level scripts by path, modules of the packages as `python -m` takes them."""
     scripts = [path.name for path in sorted(ROOT.glob("*.py"))]
-    files = [path.relative_to(ROOT) for folder in ("scripts", "utils", "fid", "benchmarks") for path in sorted(ROOT.glob(f"{folder}/*.py"))
+    files = [path.relative_to(ROOT) for folder in ("scripts", "utils", "fid", "benchmarks", "experiments") for path in sorted(ROOT.glob(f"{folder}/*.py"))
              if '__name__ == "__main__"' in path.read_text() or path.name == "__main__.py"]
     tools = [str(path) for path in files if path.parts[0] == "scripts"]
     modules = [".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in files if path.parts[0] != "scripts"]

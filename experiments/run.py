@@ -1,0 +1,270 @@
+"""Train and score the arms of an experiment, each on the same FLOPs; one JSON per arm and seed.
+
+    python3 -m experiments.run --setting cpu                        # about two hours on one core; Ctrl-C and the same command go on
+    python3 -m experiments.run --setting cpu --arms dit unmasked masked-50 tuned-const --seeds 0
+    python3 -m experiments.figures --setting cpu                    # then: figures and docs/results.md
+
+What is done (its JSON is there) is not done again. Checkpoints and latents go to --work, the small results to --out.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from experiments.settings import arm_config, flops_of_steps, flops_per_image, load_setting, plan
+from utils.cli import PROJECT_ROOT, run
+
+FASHION_MNIST = (PROJECT_ROOT / "assets" / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist"))  # the second: Debian's package
+TRAIN_FILE = "train-images-idx3-ubyte.gz"
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--setting", required=True, help="name of a YAML file in experiments/: cpu | gpu")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values of the setting, as samples=100")
+    parser.add_argument("--arms", nargs="+", help="only these (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these (default: those of the setting and of each arm)")
+    parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's training files (default: assets, else Debian's)")
+    parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of the results (default: %(default)s)")
+    parser.add_argument("--work", type=Path, default=Path("results/experiments"), help="folder of checkpoints (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    return parser.parse_args(argv)
+
+
+# ---- data and scores
+
+def find_training_images(folder):
+    """Path of Fashion-MNIST's 60,000 training images."""
+    for place in [folder] if folder else FASHION_MNIST:
+        if (place / TRAIN_FILE).is_file():
+            return place / TRAIN_FILE
+    raise FileNotFoundError(f"{TRAIN_FILE} is not in {' or '.join(map(str, [folder] if folder else FASHION_MNIST))}; "
+                            f"`python3 download_assets.py --name fashion-mnist` fetches it")
+
+
+class Latents:
+    """Latents of the demo's VAE, encoded once; `encode` draws them, `decode` makes images of them."""
+
+    def __init__(self, images, config, work, device):
+        from models import load_autoencoder
+        from utils.data import open_latents
+        from utils.extraction import extract, make_plan
+        from utils.generation import image_decoder
+
+        folder = work / "latents"
+        vae = load_autoencoder(PROJECT_ROOT / config.vae.path, device)
+        extract(images, vae, folder, make_plan(images, vae, Path(config.vae.path).name, "float32", 0, images.num_images, batch_size=64,
+                                               dtype="float16", shard_size=4096))  # what is there already stays
+        self.dataset = open_latents(folder, num_classes=config.model.num_classes)
+        vae_config = dataclasses.replace(config.vae, path=str(PROJECT_ROOT / config.vae.path))
+        self.decode = image_decoder(vae_config, config.model.in_channels, device)
+
+    def encode(self, moments, generator):
+        from models import sample_moments
+
+        return sample_moments(moments, generator, self.dataset.scale, self.dataset.shift)
+
+
+class Pixels:
+    """Pixels in [-1, 1] times 0.5: about EDM's sigma_data. Nothing is encoded or decoded."""
+
+    def __init__(self, images, config, work, device):
+        from utils.images import to_uint8
+
+        self.dataset = images
+        self.decode = lambda latents: to_uint8(latents / 0.5).cpu().numpy()
+
+    def encode(self, images, generator):
+        return 0.5 * (images.float() / 127.5 - 1)
+
+
+class Scores:
+    """FD-classifier against the 10,000 held-out images, and how often the classifier names the class that was asked for."""
+
+    def __init__(self, device):
+        from fid.embeddings import Classifier
+        from fid.evaluate import Reference
+        from utils.idx import load_fashion_mnist
+
+        self.embedding = Classifier(PROJECT_ROOT / "assets" / "demo-classifier", device)
+        grey, _ = load_fashion_mnist(PROJECT_ROOT / "assets" / "fashion-mnist", "test")
+        self.reference = Reference(grey[..., None].repeat(3, axis=3))
+
+    def score(self, batches):
+        """batches: of (images (B, 32, 32, 3) uint8, labels (B,)). Returns {"fd", "accuracy"}."""
+        from fid.evaluate import Evaluator
+
+        evaluator = Evaluator(self.reference, metrics=("fid",), embedding=self.embedding)
+        right = count = 0
+        for index, (images, labels) in enumerate(batches):
+            evaluator.add(images, index)
+            right += int((self.embedding.classes(images).cpu() == labels.cpu()).sum())
+            count += len(images)
+        return {"fd": evaluator.result()["numbers"]["FD-classifier"], "accuracy": right / count}
+
+    def score_samples(self, net, data, setting, config, device, cfg_scale=1.0):
+        from utils.generation import generate
+
+        sample = dataclasses.replace(config.sample, cfg_scale=cfg_scale)
+        batches = generate(net, data.decode, list(range(setting.samples)), sample, device)
+        return self.score((batch.images, batch.class_labels) for batch in batches)
+
+
+def score_real(setting, data, images, scores):
+    """Scores of as many real training images as there are samples: as they are, and through what the models learn from."""
+    import torch
+
+    from utils.data import stream_indices
+
+    size = setting.config["sample"]["batchsize"]
+    generator = torch.Generator()
+    found = {"real": [], "decoded": []}
+    for start in range(0, setting.samples, size):
+        indices = stream_indices(images.num_images, 0, start, min(size, setting.samples - start))
+        pixels, labels = map(torch.from_numpy, images.read(indices))
+        latents = data.encode(torch.from_numpy(data.dataset.read(indices)[0]), generator)
+        found["real"].append((pixels.permute(0, 2, 3, 1).contiguous().numpy(), labels))
+        found["decoded"].append((data.decode(latents), labels))
+    return {name: scores.score(batches) for name, batches in found.items()}
+
+
+# ---- one run
+
+class Stopwatch:
+    """Seconds of training so far: CPU time on one thread, else the clock on the wall. Evaluations are left out."""
+
+    def __init__(self, clock, seconds=0.0):
+        self.clock, self.seconds, self.since = clock, seconds, clock()
+
+    def pause(self):
+        self.seconds += self.clock() - self.since
+
+    def go_on(self):
+        self.since = self.clock()
+
+
+def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
+    """Train one arm with `utils.trainer.fit`, in its own folder below `work`; returns (exit code, snapshots, network)."""
+    import torch
+
+    from utils.checkpoint import find_latest, load_checkpoint
+    from utils.generation import build_model
+    from utils.trainer import TrainState, fit
+    from utils.training import start_from
+
+    planned = plan(setting, arm)
+    every = planned["steps"] // planned["num_snapshots"]
+    folder = work / f"{arm}-seed{seed}"
+    config = arm_config(setting, arm, seed, eval={"every": every, "ref_path": "held-out"},
+                        log={"log_every": every, "ckpt_every": every, "keep_last": 0})
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_num_steps=planned["steps"]))
+    torch.manual_seed(seed)
+    state = TrainState(build_model(config.model).to(device), config, device)
+    snapshots = []
+    latest = find_latest(folder / "checkpoints")
+    if latest is not None:
+        state.resume(load_checkpoint(latest))
+    elif setting.start(arm):
+        trunk, _ = setting.start(arm)
+        path = work / f"{trunk}-seed{seed}" / "checkpoints" / f"{planned['start_step']:07d}.pt"
+        start_from(state, load_checkpoint(path), path, strict=True)
+    if (folder / "metrics.jsonl").is_file():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        snapshots = [line for line in lines if line["step"] <= state.step]
+    stopwatch = Stopwatch(clock, snapshots[-1]["train_s"] if snapshots else 0.0)
+
+    def evaluate(net, step):
+        stopwatch.pause()
+        done = step - state.start_step
+        values = {"train_s": stopwatch.seconds, "flops": planned["start_flops"] + flops_of_steps(config, done, planned["steps"]),
+                  **scores.score_samples(net, data, setting, config, device)}
+        stopwatch.go_on()
+        return values
+
+    if state.step < state.end_step:
+        folder.mkdir(parents=True, exist_ok=True)
+        stopwatch.go_on()
+        code = fit(state, folder, data.dataset, data.encode, notice, evaluate=evaluate)
+        if code:
+            return code, [], state.ema.net
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return 0, [json.loads(line) for line in lines], state.ema.net
+
+
+def record(setting, arm, seed, snapshots, net, data, scores, path, device):
+    """Score the guided samples too, keep some pictures, and write the run's JSON."""
+    from benchmarks.common import write_json
+    from utils.config import to_dict
+
+    config = arm_config(setting, arm, seed)
+    guided = scores.score_samples(net, data, setting, config, device, setting.guided)
+    if seed == setting.seeds[0]:
+        draw_samples(setting, config, net, data, path.with_suffix(".png"), device)
+    planned = plan(setting, arm)
+    write_json(path, device, arm=arm, seed=seed, title=setting.title(arm), setting=dataclasses.asdict(setting), **planned,
+               start=setting.start(arm), config={key: to_dict(config)[key] for key in ("model", "train", "sample")},
+               parameters=sum(p.numel() for p in net.parameters() if p.dtype.is_floating_point),
+               flops_per_image=[flops_per_image(config, progress) for progress in (0.0, 1.0)],
+               snapshots=snapshots, guided=guided)
+
+
+def draw_samples(setting, config, net, data, path, device):
+    """A PNG of guided samples, `grid_columns` per class and one class per row, without text: figures put labels to it."""
+    import numpy as np
+
+    from utils.generation import generate
+    from utils.images import save_png, tile
+
+    columns, num_classes = setting.grid_columns, config.model.num_classes
+    classes = [index for index in range(num_classes) for _ in range(columns)]
+    sample = dataclasses.replace(config.sample, cfg_scale=setting.guided)
+    batches = generate(net, data.decode, list(range(len(classes))), sample, device, classes)
+    save_png(path, tile(np.concatenate([batch.images for batch in batches]), columns))
+
+
+def check_same(path, setting):
+    """Raise ValueError if the JSON at `path` is of a setting with other values (other arms and seeds do not matter)."""
+    then, now = json.loads(path.read_text())["setting"], dataclasses.asdict(setting)
+    differing = [key for key in now if key not in ("arms", "seeds", "costs", "grid_columns") and then.get(key) != now[key]]
+    if differing:
+        raise ValueError(f"{path} is of a setting with another {differing[0]} ({then.get(differing[0])} instead of {now[differing[0]]}); "
+                         f"move it away, or give another --out and --work")
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    setting = load_setting(args.setting, args.set)
+    from benchmarks.common import make_clock, start, write_json
+    from utils.image_sets import open_image_set
+    from utils.logging import say
+    from utils.signals import StopNotice
+
+    out, work = args.out / setting.name, args.work / setting.name
+    chosen = [(arm, seed) for seed in args.seeds or setting.seeds for arm in args.arms or setting.arms
+              if args.seeds or seed in setting.arms.get(arm, {}).get("seeds", setting.seeds)]
+    first = arm_config(setting, chosen[0][0], chosen[0][1])
+    images = open_image_set(find_training_images(args.data), 32)
+    device = start(args)
+    clock = make_clock(device, args.threads)
+    data = {"latents": Latents, "pixels": Pixels}[setting.data](images, first, args.work, device)
+    scores = Scores(device)
+    if not (out / "real.json").is_file():
+        write_json(out / "real.json", device, setting=dataclasses.asdict(setting), **score_real(setting, data, images, scores))
+    with StopNotice() as notice:
+        for arm, seed in chosen:
+            path = out / f"{arm}-seed{seed}.json"
+            if path.is_file():
+                check_same(path, setting)
+                say(f"{path} is there already")
+                continue
+            code, snapshots, net = train_arm(setting, arm, seed, data, scores, work, device, clock, notice)
+            if code:
+                return code
+            record(setting, arm, seed, snapshots, net, data, scores, path, device)
+            say(f"{path}: FD {snapshots[-1]['fd']:.3f} after {snapshots[-1]['train_s']:.0f} s of training")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
