@@ -223,6 +223,24 @@ def test_notice_during_evaluation_is_heard_after_it(latents, tmp_path):
     assert json.loads((tmp_path / "checkpoints" / "0000004.json").read_text())["step"] == 4
 
 
+def test_the_logged_rate_is_that_of_training_without_evaluations(latents, tmp_path, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr("utils.trainer.time.monotonic", lambda: seconds[0])
+
+    def encode_in_a_second(moments, generator):
+        seconds[0] += 1.0
+        return encode(moments, generator)
+
+    def evaluate(net, step):
+        seconds[0] += 1000.0
+        return {"fid": 3.0}
+
+    state = make_state(eval__every=3, eval__ref_path="x", train__grad_accum=1)
+    fit(state, tmp_path, latents, encode_in_a_second, StopNotice(), evaluate=evaluate)
+    rates = [line["images_per_s"] for line in map(json.loads, (tmp_path / "metrics.jsonl").open()) if "images_per_s" in line]
+    assert rates == [4.0] * 6  # 4 images a step of one second, at each of the 6 log lines
+
+
 def test_interval_checkpoints_and_the_last_one_are_saved(latents, tmp_path):
     state = make_state(train__max_num_steps=11, log__ckpt_every=3, log__keep_last=2, log__keep_every=6)
     assert fit(state, tmp_path, latents, encode, StopNotice()) == 0

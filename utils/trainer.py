@@ -241,6 +241,7 @@ class _Run:
         if state.step % due.log_every == 0 or last:
             values |= self._averages(ratio)
             self.log.say(self._line(values))
+        paused = time.monotonic()
         every = state.config.eval.every
         if self.evaluate is not None and every and (state.step % every == 0 or last):
             values |= self.evaluate(state.ema.net, state.step)
@@ -250,6 +251,7 @@ class _Run:
             self._draw_grid()
         if state.step % due.ckpt_every == 0 and not last:
             self._save()
+        self.clock_started += time.monotonic() - paused  # the rate is that of training alone
 
     def _averages(self, ratio):
         state = self.state
