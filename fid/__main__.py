@@ -9,7 +9,6 @@ PATH is a folder of images (with its subfolders), a .zip or an .npz with arr_0.
 """
 
 import argparse
-import json
 import sys
 
 from utils import cli
@@ -75,7 +74,7 @@ def calc(args):
         pool = evaluator.samples()
         main_only(lambda: save_neighbours(args.neighbours, source, pool, reference))
     if args.json:
-        main_only(lambda: write_json(args.json, result))
+        evaluate.save_result(args.json, result)
 
 
 def ref(args):
@@ -98,12 +97,6 @@ def main_only(write):
     if distributed.is_main():
         write()
     distributed.barrier()
-
-
-def write_json(path, result):
-    from pathlib import Path
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main():

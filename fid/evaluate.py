@@ -1,7 +1,9 @@
 """Evaluator: images in, the table's numbers out; on one process or many, in a script or inside training."""
 
+import json
 import os
 import platform
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -381,3 +383,11 @@ def format_result(result):
     lines += [f"not computed: {metric} {why}" for metric, why in result["skipped"].items()]
     lines += [f"warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines)
+
+
+def save_result(path, result):
+    """Write a result as JSON on rank 0; the others wait until it is there."""
+    if distributed.is_main():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+    distributed.barrier()

@@ -90,6 +90,40 @@ distributed.shutdown()
     assert found["settings"]["num_images"] == 45 and found["settings"]["reference"]["num_images"] == 38
 
 
+def calc(launcher, folder, name, *options):
+    """`python -m fid calc`, or with a launcher before it, as a user types it; returns the result as JSON."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *launcher, "-m", "fid", "calc", "--images", folder / "samples.npz", "--ref", folder / "real.npz",
+                           "--batch", "4", "--json", folder / name, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / name).read_text())
+
+
+def assert_equal_under_torchrun(folder, *options):
+    """The result of `torchrun --nproc_per_node 2 -m fid calc ...` is that of one process, number by number to 1e-9."""
+    one = calc((), folder, "one.json", *options)
+    both = calc(("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), folder, "both.json", *options)
+    assert both["numbers"] == pytest.approx(one["numbers"], rel=1e-9)
+    assert both["settings"] == one["settings"]
+    return one
+
+
+def test_torchrun_command_gives_the_numbers_of_one_process(tmp_path):
+    for name, num, seed in (("samples", 45, 1), ("real", 38, 2)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=random_images(num, 8, 8, seed=seed).numpy())
+    result = assert_equal_under_torchrun(tmp_path, "--embedding", "pixels", "--metrics", "fid,precision,recall,kid", "--interval")
+    assert set(result["numbers"]) == {"FD-pixels", "precision-pixels", "recall-pixels", "KD-pixels", "KD-pixels_std"}
+
+
+@pytest.mark.slow
+def test_torchrun_command_with_a_real_network(tmp_path):
+    torch.save(random_inception(), tmp_path / "weights.pth")
+    for name, num, seed in (("samples", 13, 1), ("real", 10, 2)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=random_images(num, 32, 32, seed=seed).numpy())
+    result = assert_equal_under_torchrun(tmp_path, "--weights", tmp_path / "weights.pth")
+    assert set(result["numbers"]) == {"FID", "sFID", "IS", "precision", "recall"}
+
+
 def test_user_errors_are_one_line_and_code_2(run, capsys):
     np.savez("samples.npz", arr_0=np.zeros((4, 3, 8, 8), np.uint8))
     with pytest.raises(SystemExit) as ended:

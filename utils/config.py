@@ -112,7 +112,7 @@ class SampleConfig:
 class EvalConfig:
     every: int = 0  # training: steps between evaluations; 0: never
     ref_path: str = ""  # reference statistics or images
-    metrics: str = "fid"  # comma-separated: fid,sfid,is,precision,recall,kid
+    metrics: str = ""  # comma-separated: fid,sfid,is,precision,recall,kid; empty: fid in training, else all that ref_path can serve
     embedding: str = "inception"  # inception | pixels | classifier folder | timm model name
     weights: Optional[str] = None  # weights file of the embedding; null: its place in assets/
     num_images: int = 5000
