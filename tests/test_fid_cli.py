@@ -51,6 +51,16 @@ def test_adm_form_takes_the_reference_first(run):
         run("samples.npz", "ref.npz")
 
 
+def test_reference_given_as_images_is_told(run):
+    """ADM's batches hold images too: 10,000, easily mistaken for the samples or for the data set behind the statistics."""
+    run("ref", "--data", "real.npz", "--dest", "ref.npz", "--keep", 20)
+    swapped = run("samples.npz", "ref.npz", "--metrics", "fid")
+    assert any("ref.npz is a reference itself" in line and "swap --images and --ref" in line for line in swapped)
+    again = run("ref", "--data", "ref.npz", "--dest", "again.npz")
+    assert "those that are written now are of its 20 images arr_0" in again[0]
+    assert "is a reference itself" not in "".join(run("ref.npz", "samples.npz", "--metrics", "fid"))
+
+
 def test_num_seed_and_neighbours(run):
     run("calc", "--images", "samples.npz", "--ref", "real.npz", "--num", 20, "--seed", 3, "--metrics", "fid,kid", "--json", "a.json",
         "--neighbours", "near.png")
