@@ -1,4 +1,4 @@
-"""Sample images from a checkpoint: PNGs, one .npz, or latents; with --ref_path also their FID.
+"""Sample images from a checkpoint: PNGs, one .npz, or latents; with --ref_path also their FID and the other numbers of `python -m fid`.
 
     python3 generate.py --config configs/test/maskdit-latent-base.yaml --ckpt_path results/2075000.pt --class_idx 388 --cfg_scale 2.5
 """
@@ -39,7 +39,8 @@ def parse_arguments(argv=None):
                         "latents.npz, or none (only the numbers of --ref_path)")
     parser.add_argument("--no_grid", action="store_true", help="do not draw grid.png of the first images")
     parser.add_argument("--vae", help="the same as vae.path=...: the autoencoder that decodes")
-    parser.add_argument("--ref_path", help="reference statistics or images: compute the metrics while sampling")
+    parser.add_argument("--ref_path", help="reference statistics or images: compute all numbers that it can serve while sampling, into metrics.json "
+                        "(eval.metrics=... chooses some, eval.embedding=... another embedding)")
     parser.add_argument("--num_process_per_node", type=int, help="start this many processes (one per GPU)")
     for name, text in SAMPLE_FLAGS.items():
         parser.add_argument(f"--{name}", help=f"the same as sample.{name}=...: {text}")
@@ -101,7 +102,7 @@ def sample(args, overrides, seeds):
     decode = image_decoder(config.vae, net.in_channels, device) if args.format != "latents" or args.ref_path else None
     evaluator = make_evaluator(config, len(seeds)) if args.ref_path else None
     outdir = Path(args.outdir or f"samples/{Path(args.ckpt_path).stem}")
-    claim_folder(outdir, args, config, class_idx)
+    settings = claim_folder(outdir, args, config, class_idx)
     prepare_network(net, config.sample, device)
 
     started = time.monotonic()
@@ -123,7 +124,7 @@ def sample(args, overrides, seeds):
     rate = len(seeds) / (time.monotonic() - started)
     say(f"{len(seeds)} images, {rate:.3g} per second on {distributed.world_size()} process(es): {outdir}")
     if evaluator is not None:
-        report_numbers(evaluator.result(), outdir)
+        report_numbers(evaluator.result(), {**settings, "seeds": args.seeds}, outdir)
     return 0
 
 
@@ -170,16 +171,16 @@ def make_evaluator(config, num_images):
 
 
 def claim_folder(outdir, args, config, class_idx):
-    """Make the output folder and note what is in it; a folder with samples of other settings is refused."""
+    """Make the output folder and note what is in it, which is returned; a folder with samples of other settings is refused."""
     from utils import distributed
 
     settings = {"ckpt_path": str(args.ckpt_path), "which": args.which, "class_idx": class_idx, "vae": config.vae.path,
                 "sample": {key: value for key, value in to_dict(config)["sample"].items() if key != "batchsize"}}
     note = outdir / "settings.json"
     text = json.dumps(settings, indent=1).replace("Infinity", '"inf"')
-    if not distributed.is_main():
-        return distributed.barrier()
     try:
+        if not distributed.is_main():
+            return json.loads(text)
         if note.is_file() and note.read_text() != text:
             raise ValueError(f"{outdir} holds samples of other settings (see {note}); choose another --outdir")
         if outdir.is_dir() and any(outdir.iterdir()) and not note.is_file():
@@ -188,6 +189,7 @@ def claim_folder(outdir, args, config, class_idx):
         for leftover in outdir.glob("part-*.npy"):  # of an interrupted run, perhaps with another batch size
             leftover.unlink()
         note.write_text(text)
+        return json.loads(text)
     finally:
         distributed.barrier()
 
@@ -317,17 +319,14 @@ def draw_first_grid(path, batch, by_class, class_names):
         save_grid(path, images[:64], scale=grid_scale(images))
 
 
-def report_numbers(result, outdir):
-    """Print the metrics and save them with every setting as OUTDIR/metrics.json (rank 0)."""
-    from utils import distributed
+def report_numbers(result, settings, outdir):
+    """Print the numbers and save them, with how they were measured and sampled, as OUTDIR/metrics.json."""
+    from fid.evaluate import format_result, save_result
     from utils.logging import say
 
-    for name, value in result["numbers"].items():
-        say(f"{name}: {value:.6g}")
-    for warning in result["warnings"]:
-        say(f"note: {warning}")
-    if distributed.is_main():
-        (outdir / "metrics.json").write_text(json.dumps(result, indent=1))
+    say(format_result(result))
+    result["settings"]["sampling"] = settings
+    save_result(outdir / "metrics.json", result)
 
 
 if __name__ == "__main__":

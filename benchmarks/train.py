@@ -47,9 +47,10 @@ def make_arm(config, arm, device):
     import torch
 
     from benchmarks.reference import PlainTraining
-    from models import EDMLoss, sample_moments
+    from models import sample_moments
     from utils.generation import build_model
-    from utils.trainer import TrainState, train_step
+    from utils.precision import compile_options
+    from utils.trainer import TrainState, make_loss, train_step
 
     train, model = config.train, config.model
     torch.manual_seed(0)
@@ -61,9 +62,9 @@ def make_arm(config, arm, device):
         training = PlainTraining(net, train, device)
         return lambda: training.step(sample_moments(moments, generator), labels, generator)
     if train.compile:
-        net.compile_blocks()
+        net.compile_blocks(**compile_options(train, net.num_tokens))
     state = TrainState(net, config, device)
-    loss = EDMLoss(train.P_mean, train.P_std, mae_loss_coef=train.mae_loss_coef, patch_size=net.patch_size)
+    loss = make_loss(train, net)
     return lambda: train_step(state, net, loss, moments, labels, sample_moments, generator)
 
 

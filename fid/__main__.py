@@ -9,7 +9,6 @@ PATH is a folder of images (with its subfolders), a .zip or an .npz with arr_0.
 """
 
 import argparse
-import json
 import sys
 
 from utils import cli
@@ -70,12 +69,15 @@ def calc(args):
     evaluate.add_all(evaluator, source, "samples")
     result = evaluator.result()
     result["settings"]["images"] = source.name
+    if holds_statistics(args.images):
+        result["warnings"].append(f"{args.images} is a reference itself (it holds mu and sigma) and was measured by its images arr_0; "
+                                  "if that is not what you want, swap --images and --ref")
     say(evaluate.format_result(result))
     if args.neighbours:
         pool = evaluator.samples()
         main_only(lambda: save_neighbours(args.neighbours, source, pool, reference))
     if args.json:
-        main_only(lambda: write_json(args.json, result))
+        evaluate.save_result(args.json, result)
 
 
 def ref(args):
@@ -85,11 +87,23 @@ def ref(args):
     from utils.logging import say
     source = open_source(args.data, args.num, args.seed)
     kept = open_source(args.data, args.keep, args.seed) if args.keep else None
+    if holds_statistics(args.data):
+        say(f"warning: {args.data} is a reference itself: its mu and sigma are of a whole data set, those that are written now are of "
+            f"its {len(source)} images arr_0; for published numbers give it to --ref as it is")
     stored = evaluate.make_reference(source, make_embedding(args.embedding, args.weights), args.batch)
     images = kept.read(range(len(kept))) if kept else None
     main_only(lambda: statistics.save_statistics(args.dest, stored, images))
     say(f"wrote {args.dest}: statistics of {stored.pool.num_images} images"
         + (f", {len(kept)} of them kept for precision and recall" if kept else ""))
+
+
+def holds_statistics(path):
+    """True for an .npz that is made to be a reference: an ADM batch, a file of `ref`."""
+    from fid.statistics import open_npz
+    if not path.endswith(".npz"):
+        return False
+    with open_npz(path) as file:
+        return "mu" in file
 
 
 def main_only(write):
@@ -98,12 +112,6 @@ def main_only(write):
     if distributed.is_main():
         write()
     distributed.barrier()
-
-
-def write_json(path, result):
-    from pathlib import Path
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def main():

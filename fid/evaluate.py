@@ -1,7 +1,9 @@
 """Evaluator: images in, the table's numbers out; on one process or many, in a script or inside training."""
 
+import json
 import os
 import platform
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -248,6 +250,7 @@ class Evaluator:
             "num_images": count, "image_size": list(self.stream.image_size), "conversion": self.conversion,
             **embedding_settings(self.embedding), "batch_size": self.stream.counts[0], "seed": self.seed,
             "metrics": list(self.metrics), "is_split": metrics.IS_SPLIT, "neighbours": NEIGHBOURS, "covariance_ddof": 1,
+            "kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": metrics.KID_SUBSET_SIZE,
             "reference": {
                 "name": reference.name, "statistics": "computed from its images" if reference.stored is None else "stored",
                 "num_images": reference.statistics["pool"].num_images,
@@ -329,9 +332,9 @@ def count_warnings(embedding, count, reference):
     if embedding.dim < count < PUBLISHED_COUNT:
         warnings.append(f"{count} samples: published numbers use {PUBLISHED_COUNT}, and fewer samples give a higher FID; "
                         "compare only equal numbers of samples (--interval also estimates the limit of many)")
-    if reference.stored is None and embedding.dim < gaussian.num_images < PUBLISHED_COUNT:
-        warnings.append(f"the reference statistics come from the {gaussian.num_images} images of {reference.name}, not from "
-                        "the stored mu and sigma of a whole training set: published ImageNet FIDs use the latter")
+    if gaussian.num_images is not None and embedding.dim < gaussian.num_images < PUBLISHED_COUNT:
+        warnings.append(f"the reference statistics come from {gaussian.num_images} images ({reference.name}), not from a whole "
+                        "training set: published ImageNet FIDs use the mu and sigma stored in ADM's or EDM's file")
     if not embedding.settings["weights_sha256"].startswith(PUBLISHED_SHA256_PREFIX):
         warnings.append(f"the Inception weights (sha256 {embedding.settings['weights_sha256'][:8]}...) are not the published "
                         f"ones ({PUBLISHED_SHA256_PREFIX}...): these numbers compare with no table")
@@ -381,3 +384,11 @@ def format_result(result):
     lines += [f"not computed: {metric} {why}" for metric, why in result["skipped"].items()]
     lines += [f"warning: {warning}" for warning in result["warnings"]]
     return "\n".join(lines)
+
+
+def save_result(path, result):
+    """Write a result as JSON on rank 0; the others wait until it is there."""
+    if distributed.is_main():
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+    distributed.barrier()

@@ -9,6 +9,7 @@ import torch
 IS_SPLIT = 5000
 ROWS = 1024      # rows per block of a distance matrix
 COLUMNS = 8192   # columns per block: 64 MiB of float64 distances at a time
+KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -156,7 +157,7 @@ def kernel_distance(a, b):
     return (mean_off_diagonal(kernel(a, a)) + mean_off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean()).item()
 
 
-def kid(reference_pool, sample_pool, num_subsets=100, subset_size=1000, seed=0):
+def kid(reference_pool, sample_pool, num_subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=0):
     """Kernel Inception Distance: mean and standard deviation of kernel_distance over random subsets.
 
     The subset size is lowered to the smaller set's size; where it is all of both sets, every subset is the same and the

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from fid.inception import check_images
-from fid.statistics import open_npz
+from fid.statistics import DAMAGE, open_npz, read_array
 from utils import distributed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
@@ -100,7 +100,7 @@ class FileSource:
     def _check_size(self, file, size):
         if size != self.size:
             raise ValueError(f"{self.name}: mixed sizes, {self.files[0]} is {self.size[0]}x{self.size[1]} and {file} is "
-                             f"{size[0]}x{size[1]}; crop and resize all images to one size first")
+                             f"{size[0]}x{size[1]}; give a folder of the samples alone, or crop and resize all to one size first")
 
 
 def _folder_files(folder):
@@ -139,16 +139,24 @@ def _npz_images(path):
         if "arr_0" not in file:
             statistics_only = "; it holds statistics only, which can be the reference but not the images" if "mu" in file else ""
             raise ValueError(f"{path}: no arr_0 among its arrays ({', '.join(file.files)}){statistics_only}")
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
-        version = np.lib.format.read_magic(entry)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(entry)
-        check_images(SimpleNamespace(shape=shape, dtype=dtype), f"{path} arr_0")
-        info, start = archive.getinfo("arr_0.npy"), entry.tell()
+    info, start, (shape, fortran_order, dtype) = _array_header(path)
+    check_images(SimpleNamespace(shape=shape, dtype=dtype), f"{path} arr_0")
     if info.compress_type != zipfile.ZIP_STORED or fortran_order:
         with open_npz(path) as file:
-            return file["arr_0"]
+            return read_array(path, file, "arr_0")
     return np.memmap(path, np.uint8, "r", _data_offset(path, info) + start, shape)
+
+
+def _array_header(path):
+    """arr_0's entry in the zip, where its numbers begin in it, and (shape, fortran_order, dtype)."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
+            version = np.lib.format.read_magic(entry)
+            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            header = read_header(entry)
+            return archive.getinfo("arr_0.npy"), entry.tell(), header
+    except DAMAGE as error:
+        raise ValueError(f"{path}: arr_0 is damaged ({error}); get or make the file anew") from None
 
 
 def _data_offset(path, info):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -55,14 +56,28 @@ class Stored:
 SETTINGS = ("embedding", "weights_sha256", "resize", "conversion", "num_images", "software")
 
 
+DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError)  # what a file that is cut or changed can raise
+
+
 def open_npz(path):
     """np.load of an .npz that never unpickles. Raises FileNotFoundError or ValueError."""
     try:
-        return np.load(path, allow_pickle=False)
+        file = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path}: not a readable .npz ({error}); was the download cut short?") from None
+    if not isinstance(file, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path}: a single array, wanted an .npz; save it with np.savez(path, arr_0=images)")
+    return file
+
+
+def read_array(path, file, key):
+    """One array of an open .npz. Raises ValueError if it is damaged, or holds objects that would have to be unpickled."""
+    try:
+        return file[key]
+    except DAMAGE as error:
+        raise ValueError(f"{path}: {key} is damaged or not a plain number array ({error}); get or make the file anew") from None
 
 
 def load_statistics(path):
@@ -70,7 +85,7 @@ def load_statistics(path):
     with open_npz(path) as file:
         if "mu" not in file or "sigma" not in file:
             return None
-        settings = {key: file[key].item() for key in SETTINGS if key in file}
+        settings = {key: read_array(path, file, key).item() for key in SETTINGS if key in file}
         pool = _gaussian(path, file, "mu", "sigma", settings.get("num_images"))
         spatial = None
         if "mu_s" in file and "sigma_s" in file:
@@ -79,10 +94,10 @@ def load_statistics(path):
 
 
 def _gaussian(path, file, mu_key, sigma_key, num_images):
-    try:
-        mu, sigma = file[mu_key].astype(np.float64), file[sigma_key].astype(np.float64)
-    except ValueError as error:  # an object array would have to be unpickled
-        raise ValueError(f"{path}: {mu_key} or {sigma_key} is not a plain number array ({error})") from None
+    mu, sigma = (read_array(path, file, key) for key in (mu_key, sigma_key))
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
+        raise ValueError(f"{path}: {mu_key} is {mu.dtype} and {sigma_key} {sigma.dtype}, wanted float32 or float64")
+    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise ValueError(f"{path}: {mu_key} {mu.shape} and {sigma_key} {sigma.shape}, wanted (d,) and (d, d)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):

@@ -27,14 +27,15 @@ class EDMLoss:
     """Weighted denoising error of the kept patches + mae_loss_coef * reconstruction error of the removed ones.
 
     P_mean, P_std: of ln sigma in training. patch_size: of the network; None asks the network itself,
-    which a wrapped one (DDP) cannot answer. Source: Karras et al. 2022, Zheng et al. 2024.
+    which a wrapped one (DDP) cannot answer. token_multiple: see count_kept. Source: Karras et al. 2022, Zheng et al. 2024.
     """
 
-    def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, mae_loss_coef=0.1, patch_size=None):
+    def __init__(self, P_mean=-1.2, P_std=1.2, sigma_data=0.5, mae_loss_coef=0.1, patch_size=None, token_multiple=1):
         self.P_mean, self.P_std = P_mean, P_std
         self.sigma_data = sigma_data
         self.mae_loss_coef = mae_loss_coef
         self.patch_size = patch_size
+        self.token_multiple = token_multiple
 
     def __call__(self, net, latents, class_labels=None, mask_ratio=0.0, generator=None, draws=None):
         """Per-sample losses (B,); see parts."""
@@ -52,7 +53,7 @@ class EDMLoss:
             raise ValueError("patch_size is unknown; pass it here or to EDMLoss")
         num_tokens = (height // patch_size) * (width // patch_size)
         if num_keep is None:
-            num_keep = count_kept(num_tokens, mask_ratio)
+            num_keep = count_kept(num_tokens, mask_ratio, self.token_multiple)
         normal = torch.randn(batch_size, device=latents.device, generator=generator)
         noise = torch.randn(latents.shape, device=latents.device, generator=generator)
         mask = None

@@ -45,11 +45,18 @@ class TokenMask:
         return removed.scatter_(1, self.ids_keep, 0.0)
 
 
-def count_kept(num_tokens, mask_ratio):
-    """Tokens left by a mask ratio in [0, 1): int(L * (1 - ratio)) as published, but at least one."""
+def count_kept(num_tokens, mask_ratio, multiple=1):
+    """Tokens left by a mask ratio in [0, 1): int(L * (1 - ratio)) as published, but at least one.
+
+    multiple: a divisor of num_tokens; the count is rounded to the nearest multiple of it above 0, so that few counts occur.
+    Raises ValueError for a ratio out of range, or a multiple that does not divide.
+    """
     if not 0 <= mask_ratio < 1:
         raise ValueError(f"mask_ratio={mask_ratio} must be at least 0 and below 1")
-    return max(1, int(num_tokens * (1 - mask_ratio)))
+    if num_tokens % multiple:
+        raise ValueError(f"token_multiple={multiple} must divide the number of tokens, {num_tokens}")
+    kept = int(num_tokens * (1 - mask_ratio))
+    return max(1, (kept + multiple // 2) // multiple) * multiple
 
 
 def random_mask(batch_size, num_tokens, mask_ratio=0.0, generator=None, device=None, num_keep=None):

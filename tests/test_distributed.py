@@ -41,7 +41,7 @@ def save_gradients(folder, grad_accum):
     distributed.broadcast_module(state.net)
     moments, labels = (part.chunk(2)[distributed.rank()] for part in make_batch(8))
     start = torch.cat([p.detach().flatten() for p in state.net.parameters()])
-    gradient = one_step(state, distributed.data_parallel(state.net), moments, labels)
+    gradient = one_step(state, distributed.data_parallel(state.net, static_graph=grad_accum == 1), moments, labels)
     end = torch.cat([p.detach().flatten() for p in state.net.parameters()])
     torch.save([start, gradient, end], f"{folder}/{distributed.rank()}.pt")
     distributed.shutdown()

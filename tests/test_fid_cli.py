@@ -51,6 +51,16 @@ def test_adm_form_takes_the_reference_first(run):
         run("samples.npz", "ref.npz")
 
 
+def test_reference_given_as_images_is_told(run):
+    """ADM's batches hold images too: 10,000, easily mistaken for the samples or for the data set behind the statistics."""
+    run("ref", "--data", "real.npz", "--dest", "ref.npz", "--keep", 20)
+    swapped = run("samples.npz", "ref.npz", "--metrics", "fid")
+    assert any("ref.npz is a reference itself" in line and "swap --images and --ref" in line for line in swapped)
+    again = run("ref", "--data", "ref.npz", "--dest", "again.npz")
+    assert "those that are written now are of its 20 images arr_0" in again[0]
+    assert "is a reference itself" not in "".join(run("ref.npz", "samples.npz", "--metrics", "fid"))
+
+
 def test_num_seed_and_neighbours(run):
     run("calc", "--images", "samples.npz", "--ref", "real.npz", "--num", 20, "--seed", 3, "--metrics", "fid,kid", "--json", "a.json",
         "--neighbours", "near.png")
@@ -88,6 +98,40 @@ distributed.shutdown()
     assert {k: v for k, v in found["interval"].items() if k != "of"} == pytest.approx(
         {k: v for k, v in alone["interval"].items() if k != "of"}, rel=1e-9)
     assert found["settings"]["num_images"] == 45 and found["settings"]["reference"]["num_images"] == 38
+
+
+def calc(launcher, folder, name, *options):
+    """`python -m fid calc`, or with a launcher before it, as a user types it; returns the result as JSON."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *launcher, "-m", "fid", "calc", "--images", folder / "samples.npz", "--ref", folder / "real.npz",
+                           "--batch", "4", "--json", folder / name, *options], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / name).read_text())
+
+
+def assert_equal_under_torchrun(folder, *options):
+    """The result of `torchrun --nproc_per_node 2 -m fid calc ...` is that of one process, number by number to 1e-9."""
+    one = calc((), folder, "one.json", *options)
+    both = calc(("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"), folder, "both.json", *options)
+    assert both["numbers"] == pytest.approx(one["numbers"], rel=1e-9)
+    assert both["settings"] == one["settings"]
+    return one
+
+
+def test_torchrun_command_gives_the_numbers_of_one_process(tmp_path):
+    for name, num, seed in (("samples", 45, 1), ("real", 38, 2)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=random_images(num, 8, 8, seed=seed).numpy())
+    result = assert_equal_under_torchrun(tmp_path, "--embedding", "pixels", "--metrics", "fid,precision,recall,kid", "--interval")
+    assert set(result["numbers"]) == {"FD-pixels", "precision-pixels", "recall-pixels", "KD-pixels", "KD-pixels_std"}
+
+
+@pytest.mark.slow
+def test_torchrun_command_with_a_real_network(tmp_path):
+    torch.save(random_inception(), tmp_path / "weights.pth")
+    for name, num, seed in (("samples", 13, 1), ("real", 10, 2)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=random_images(num, 32, 32, seed=seed).numpy())
+    result = assert_equal_under_torchrun(tmp_path, "--weights", tmp_path / "weights.pth")
+    assert set(result["numbers"]) == {"FID", "sFID", "IS", "precision", "recall"}
 
 
 def test_user_errors_are_one_line_and_code_2(run, capsys):

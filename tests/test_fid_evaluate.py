@@ -23,6 +23,7 @@ def gaussian_of(features):
 def write_adm_batch(path, images, num_images=None, **settings):
     """Statistics and images of an ADM batch, as TinyInception sees them."""
     pool, spatial = TinyInception().both_taps(images)
+    settings |= {"num_images": num_images} if num_images else {}
     stored = Stored(Gaussian(*gaussian_of(pool)), Gaussian(*gaussian_of(spatial)), settings)
     statistics.save_statistics(path, stored, images)
     return path
@@ -159,7 +160,9 @@ def test_class_sorted_samples_are_told(monkeypatch):
 def test_reference_images_used_as_fid_statistics_are_told(tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=REAL)
     result = measure(SAMPLES, tmp_path / "images.npz", embedding=TinyInception())
-    assert "reference statistics come from the 50 images of" in warnings_of(result)
+    assert "reference statistics come from 50 images" in warnings_of(result)
+    own = measure(SAMPLES, write_adm_batch(tmp_path / "own.npz", REAL, num_images=50), embedding=TinyInception())
+    assert "reference statistics come from 50 images" in warnings_of(own)  # of `python -m fid ref`: the file says how many
     stored = measure(SAMPLES, write_adm_batch(tmp_path / "adm.npz", REAL), embedding=TinyInception())
     assert "reference statistics" not in warnings_of(stored)
 

@@ -80,7 +80,7 @@ def test_batches_of_positions_hold_every_image_once(images):
 def test_mixed_sizes_are_told_before_any_work(tmp_path, images):
     write_folder(tmp_path, images)
     Image.fromarray(images[0, :4]).save(tmp_path / "b" / "9.png")
-    with pytest.raises(ValueError, match="mixed sizes, .*0.png is 5x6 and .*9.png is 5x4; crop and resize"):
+    with pytest.raises(ValueError, match="mixed sizes, .*0.png is 5x6 and .*9.png is 5x4; give a folder of the samples alone"):
         open_source(tmp_path)
 
 
@@ -110,6 +110,35 @@ def test_wrong_arrays_in_npz_are_told_before_they_are_read(tmp_path, array, mess
         open_source(tmp_path / "samples.npz")
 
 
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("key", ["mu", "sigma", "arr_0"])
+def test_changed_bytes_in_npz_are_told(tmp_path, images, save, key):
+    """Every 7th byte of one array's entry is changed in turn; what is read at all must be as it was, or refused in words."""
+    arrays = {"mu": np.ones(3), "sigma": np.eye(3), "arr_0": images[:2]}
+    save(tmp_path / "whole.npz", **arrays)
+    whole = (tmp_path / "whole.npz").read_bytes()
+    with zipfile.ZipFile(tmp_path / "whole.npz") as archive:
+        info = archive.getinfo(f"{key}.npy")
+    first = info.header_offset + 30 + len(f"{key}.npy")
+    refused = 0
+    for place in range(first, first + info.compress_size, 7):
+        (tmp_path / "ref.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1:])
+        try:
+            statistics.load_statistics(tmp_path / "ref.npz")
+            open_source(tmp_path / "ref.npz")
+        except ValueError as error:
+            refused += 1
+            assert "ref.npz" in str(error)
+    assert refused  # plainly stored images are mapped, so a changed pixel there is not noticed
+
+
+def test_single_array_named_npz_is_told(tmp_path, images):
+    with open(tmp_path / "images.npz", "wb") as file:
+        np.save(file, images)
+    with pytest.raises(ValueError, match="images.npz: a single array, wanted an .npz"):
+        open_source(tmp_path / "images.npz")
+
+
 def test_statistics_given_as_images_are_told(tmp_path):
     np.savez(tmp_path / "ref.npz", mu=np.zeros(2), sigma=np.eye(2))
     with pytest.raises(ValueError, match="no arr_0 .* statistics only, which can be the reference but not the images"):
@@ -118,7 +147,7 @@ def test_statistics_given_as_images_are_told(tmp_path):
 
 def test_objects_in_npz_are_not_unpickled(tmp_path):
     np.savez(tmp_path / "evil.npz", mu=np.array([{"a": 1}], dtype=object), sigma=np.eye(1), allow_pickle=True)
-    with pytest.raises(ValueError, match="not a plain number array"):
+    with pytest.raises(ValueError, match="mu is damaged or not a plain number array"):
         statistics.load_statistics(tmp_path / "evil.npz")
     (tmp_path / "pickled.npz").write_bytes(pickle.dumps({"mu": 1}))
     with pytest.raises(ValueError, match="not a readable .npz"):

@@ -21,6 +21,21 @@ def test_unmask_inverts_mask(num_keep):
     assert torch.equal(whole, torch.where(removed, mask_token, tokens))
 
 
+@pytest.mark.parametrize("mask_ratio, num_keep", [(0.0, 256), (0.02, 256), (0.04, 240), (0.5, 128), (0.52, 128), (0.55, 112), (0.99, 16)])
+def test_kept_count_is_rounded_to_the_nearest_multiple(mask_ratio, num_keep):
+    assert count_kept(256, mask_ratio, multiple=16) == num_keep
+
+
+def test_rounding_leaves_nine_counts_of_a_falling_mask_ratio():
+    ratios = [0.5 * i / 1000 for i in range(1001)]
+    assert {count_kept(256, ratio, multiple=16) for ratio in ratios} == set(range(128, 257, 16))
+
+
+def test_a_multiple_that_does_not_divide_the_tokens_is_refused():
+    with pytest.raises(ValueError, match="token_multiple=4 must divide the number of tokens, 9"):
+        count_kept(9, 0.5, multiple=4)
+
+
 @pytest.mark.parametrize("num_tokens, mask_ratio, num_keep", [
     (16, 0.5, 8), (16, 0.75, 4), (16, 0.0, 16), (16, 0.01, 15), (16, 0.99, 1), (9, 0.5, 4)])
 def test_kept_count_is_the_published_rule_and_at_least_one(num_tokens, mask_ratio, num_keep):

@@ -1,22 +1,26 @@
 """The fast path equals the plain one of the benchmarks: the same weights, the same random draws, float32."""
 
+import shutil
+
 import pytest
 import torch
 
 import models
 from benchmarks.reference import PlainDenoiser, PlainTraining, plain_guided, plain_loss
-from utils.config import from_dict
+from utils import schedules
+from utils.config import from_dict, load_config
 from utils.ema import EMA
-from utils.trainer import TrainState, step_seed, train_step
+from utils.precision import compile_options
+from utils.trainer import TrainState, make_loss, step_seed, train_step
 
 MODEL = {"model_type": "DiT-S/2", "in_size": 8, "in_channels": 3, "num_classes": 7, "depth": 2, "width": 24, "num_heads": 3,
          "decoder_depth": 2, "decoder_width": 16, "decoder_num_heads": 2}
 
 
-def tiny_net():
+def tiny_net(**options):
     """A network with all weights random, so that no zero hides a difference."""
     torch.manual_seed(0)
-    net = models.create_model(**MODEL)
+    net = models.create_model(**MODEL, **options)
     for parameter in net.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -35,13 +39,11 @@ def one_hot(labels):
     return torch.nn.functional.one_hot(labels, 8)[:, :7].float()
 
 
-@pytest.mark.parametrize("mask_ratio", [0.0, 0.3, 0.5, 0.99])
-def test_fast_loss_and_gradients_equal_the_plain_ones(latents, mask_ratio):
+def compare_with_plain(fast, latents, mask_ratio, plain_ratio, token_multiple=1):
     """Loss within 1e-6 and gradients within 1e-5, relative: float32 sums in other orders."""
-    fast, generator = tiny_net(), torch.Generator()
-    plain = PlainDenoiser(fast)
-    fast_loss = models.EDMLoss()(fast, latents, LABELS, mask_ratio, generator.manual_seed(2))
-    plain_losses = plain_loss(plain, latents, one_hot(LABELS), mask_ratio, generator.manual_seed(2))
+    plain, generator = PlainDenoiser(fast), torch.Generator()
+    fast_loss = models.EDMLoss(token_multiple=token_multiple)(fast, latents, LABELS, mask_ratio, generator.manual_seed(2))
+    plain_losses = plain_loss(plain, latents, one_hot(LABELS), plain_ratio, generator.manual_seed(2))
     torch.testing.assert_close(fast_loss, plain_losses, rtol=1e-6, atol=1e-6)
     fast_loss.mean().backward()
     plain_losses.mean().backward()
@@ -51,6 +53,62 @@ def test_fast_loss_and_gradients_equal_the_plain_ones(latents, mask_ratio):
             # the plain path gives the mask token no gradient when nothing is removed; ours is zero then
             grad = torch.zeros_like(parameter) if wanted[name].grad is None else wanted[name].grad
             assert (parameter.grad - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fast_loss_and_gradients_equal_the_plain_ones(latents, mask_ratio, checkpointing):
+    compare_with_plain(tiny_net(activation_checkpointing=checkpointing), latents, mask_ratio, mask_ratio)
+
+
+@pytest.mark.parametrize("mask_ratio, rounded", [(0.0, 0.0), (0.3, 0.25), (0.5, 0.5), (0.99, 0.75)])
+def test_rounding_token_counts_is_training_at_the_rounded_ratio(latents, mask_ratio, rounded):
+    compare_with_plain(tiny_net(), latents, mask_ratio, rounded, token_multiple=4)
+
+
+SWITCHES = [[], ["train.mask_ratio_fn=cosine4"], ["train.cuda_graphs=true"], ["train.activation_checkpointing=true"]]
+
+
+@pytest.mark.parametrize("switches", SWITCHES)
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+def test_compiled_loss_and_gradients_equal_the_plain_ones(latents, switches, mask_ratio):
+    """Traced and differentiated as a compiler sees it, then run as it is: the compiled kernels are in the slow test."""
+    torch.compiler.reset()
+    config = load_config(overrides=["train.compile=true", *switches])
+    fast = tiny_net(activation_checkpointing=config.train.activation_checkpointing)
+    fast.compile_blocks(backend="aot_eager", dynamic=compile_options(config.train, fast.num_tokens)["dynamic"])
+    compare_with_plain(fast, latents, mask_ratio, mask_ratio)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes CPU kernels with a C++ compiler, and there is none")
+@pytest.mark.parametrize("switches", SWITCHES)
+def test_compiled_kernels_equal_the_plain_path(latents, switches):
+    torch.compiler.reset()
+    config = load_config(overrides=["train.compile=true", *switches])
+    fast = tiny_net(activation_checkpointing=config.train.activation_checkpointing)
+    fast.compile_blocks(**compile_options(config.train, fast.num_tokens))
+    compare_with_plain(fast, latents, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("settings, graphs", [
+    (["train.mask_ratio_fn=cosine4"], (2, 4)),  # a graph per width; a second one if the first count happened to equal the batch
+    (["train.mask_ratio_fn=cosine4", "train.cuda_graphs=true", "train.token_multiple=4"], (4, 4)),  # counts 8, 12, 16; decoder
+    ([], (2, 2))])
+def test_a_schedule_compiles_few_graphs(settings, graphs):
+    torch.compiler.reset()
+    train, net = load_config(overrides=["train.compile=true", *settings]).train, tiny_net()
+    latents, labels, made = torch.randn(8, 3, 8, 8), torch.arange(8) % 7, []
+
+    def count(graph, inputs):
+        made.append(graph)
+        return graph
+
+    net.compile_blocks(backend=count, dynamic=compile_options(train, net.num_tokens)["dynamic"])
+    loss = make_loss(train, net)
+    for progress in range(11):
+        loss(net, latents, labels, schedules.mask_ratio(train, progress / 10)).mean().backward()
+    assert graphs[0] <= len(made) <= graphs[1]
 
 
 def test_fast_guided_sampling_equals_the_plain_one(latents):

@@ -66,6 +66,8 @@ class TrainConfig:
     amp: str = "fp16"  # fp16 (with loss scaling) | bf16 | no; fp16 is for GPUs, a CPU runs float32 instead
     tf32: bool = True  # let float32 matrix products round their inputs to TF32 on GPUs
     compile: bool = False  # torch.compile, block by block
+    cuda_graphs: bool = False  # with compile: replay each block's kernels as CUDA graphs, for small batches on fast GPUs
+    token_multiple: int = 1  # round the number of kept tokens to a multiple: few shapes, which CUDA graphs need (16)
     deterministic: bool = True  # deterministic GPU kernels, which bit-exact resume needs
     activation_checkpointing: bool = False  # less memory, a third more compute
     mask_ratio: float = 0.5  # share of the patches that the encoder does not see, at the start
@@ -78,6 +80,10 @@ class TrainConfig:
     seed: int = 0
     max_bad_steps: int = 20  # steps with NaN or Inf gradients in a row that end the run
     timeout_s: float = 1800.0  # longest wait for another process
+
+    @property
+    def mask_ratio_varies(self):
+        return self.mask_ratio_fn not in ("constant", "const") and self.mask_ratio > self.mask_ratio_min
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ class SampleConfig:
 class EvalConfig:
     every: int = 0  # training: steps between evaluations; 0: never
     ref_path: str = ""  # reference statistics or images
-    metrics: str = "fid"  # comma-separated: fid,sfid,is,precision,recall,kid
+    metrics: str = ""  # comma-separated: fid,sfid,is,precision,recall,kid; empty: fid in training, else all that ref_path can serve
     embedding: str = "inception"  # inception | pixels | classifier folder | timm model name
     weights: Optional[str] = None  # weights file of the embedding; null: its place in assets/
     num_images: int = 5000
@@ -292,6 +298,14 @@ def _validate(config):
     if train.mask_ratio > 0 and not model.use_decoder:
         raise ValueError(f"train.mask_ratio={train.mask_ratio} needs the decoder that fills in removed patches, but "
                          f"model.use_decoder=false; set train.mask_ratio=0 or model.use_decoder=true")
+    if train.cuda_graphs and not train.compile:
+        raise ValueError("train.cuda_graphs=true works on compiled blocks only; set train.compile=true too")
+    if train.cuda_graphs and train.grad_accum > 1:
+        raise ValueError(f"train.cuda_graphs=true replays into the memory that train.grad_accum={train.grad_accum} adds gradients up in; "
+                         f"set train.grad_accum=1")
+    if train.cuda_graphs and train.mask_ratio_varies and train.token_multiple == 1:
+        raise ValueError(f"train.cuda_graphs=true records a graph for every number of kept tokens, of which train.mask_ratio_fn="
+                         f"{train.mask_ratio_fn} makes hundreds; set train.token_multiple=16")
     if train.batchsize % train.grad_accum:
         raise ValueError(f"train.batchsize={train.batchsize} must be divisible by train.grad_accum={train.grad_accum}; "
                          f"try {_divisible_near(train.batchsize, train.grad_accum)}")
@@ -310,7 +324,7 @@ def _validate(config):
 _POSITIVE = {
     "model": ("in_size", "in_channels", "depth", "width", "num_heads", "decoder_depth", "decoder_width", "decoder_num_heads"),
     "data": ("resolution",), "vae": ("batchsize",),
-    "train": ("batchsize", "grad_accum", "max_num_steps", "lr", "P_std", "max_bad_steps", "timeout_s"),
+    "train": ("batchsize", "grad_accum", "max_num_steps", "lr", "P_std", "token_multiple", "max_bad_steps", "timeout_s"),
     "sample": ("num_steps", "batchsize", "cfg_scale", "sigma_min", "sigma_max", "rho", "S_noise"),
     "eval": ("num_images", "num_steps"),
     "log": ("log_every", "ckpt_every", "num_grid_images"),

@@ -36,6 +36,19 @@ def setup_backends(tf32, deterministic):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+def compile_options(train, num_tokens):
+    """Arguments of torch.compile for the blocks of a network of num_tokens tokens that is trained as a TrainConfig says.
+
+    The blocks of one width share a graph: one for all numbers of kept tokens where a schedule changes them, or, with
+    cuda_graphs, one for each number, whose kernels are recorded and replayed, which saves their launch times.
+    """
+    torch._dynamo.config.optimize_ddp = False  # it splits graphs so that gradients are sent early; blocks are small enough as they are
+    if train.cuda_graphs:
+        torch._dynamo.config.recompile_limit = num_tokens // train.token_multiple + 8  # every count, and the decoder
+        return {"mode": "reduce-overhead", "dynamic": False}
+    return {"dynamic": train.mask_ratio_varies}
+
+
 class Stepper:
     """One optimizer step in any precision: loss scaling, clipping, and skipping of steps with NaN or Inf losses or gradients.
 

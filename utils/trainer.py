@@ -20,7 +20,7 @@ from utils.config import to_dict
 from utils.data import BatchStream
 from utils.ema import EMA
 from utils.logging import Progress, RunLog, format_seconds
-from utils.precision import Stepper, autocast, effective_amp
+from utils.precision import Stepper, autocast, compile_options, effective_amp
 from utils.schedules import learning_rate, mask_ratio
 from utils.signals import EXIT_STOPPED
 
@@ -124,6 +124,12 @@ def step_seed(seed, rank, step):
     return int.from_bytes(digest, "little") >> 1
 
 
+def make_loss(train, net):
+    """The loss of a TrainConfig for a bare network."""
+    return EDMLoss(train.P_mean, train.P_std, mae_loss_coef=train.mae_loss_coef, patch_size=net.patch_size,
+                   token_multiple=train.token_multiple)
+
+
 def train_step(state, model, loss, batch, labels, encode, generator):
     """One optimizer step on this process's batch, in grad_accum rounds; returns the mask ratio that was used.
 
@@ -136,6 +142,8 @@ def train_step(state, model, loss, batch, labels, encode, generator):
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(train, state.images_seen - state.start_images, state.progress)
 
+    if train.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # what the graphs put out in the last step may be overwritten
     losses = torch.zeros(3, dtype=torch.float64, device=state.device)
     rounds = list(zip(batch.chunk(train.grad_accum), labels.chunk(train.grad_accum)))
     for i, (part, part_labels) in enumerate(rounds):
@@ -199,11 +207,11 @@ class _Run:
 
     def loop(self, batches, encode, notice):
         state, train = self.state, self.state.config.train
-        loss = EDMLoss(train.P_mean, train.P_std, mae_loss_coef=train.mae_loss_coef, patch_size=state.net.patch_size)
+        loss = make_loss(train, state.net)
         generator = torch.Generator(state.device)
         if train.compile:
-            state.net.compile_blocks()
-        model = distributed.data_parallel(state.net)
+            state.net.compile_blocks(**compile_options(train, state.net.num_tokens))
+        model = distributed.data_parallel(state.net, static_graph=train.grad_accum == 1)
         if model is not state.net:
             _settle_buckets(state, model, loss)
         check_every = min(self.state.config.log.log_every, train.max_bad_steps)

@@ -118,7 +118,7 @@ def _train(config, args, open_dataset, make_encode, notice):
             (folder / "config.yaml").write_text(to_yaml(config))
         _describe(state, dataset, folder)
         sample_grid = make_sample_grid(config, folder, dataset, device)
-        evaluate = make_evaluate(config, device)
+        evaluate = make_evaluate(config, folder, device)
         code = fit(state, folder, dataset, make_encode(config, dataset, device), notice, sample_grid, evaluate)
         if distributed.is_main():
             draw_loss_curve(folder)
@@ -226,23 +226,29 @@ def make_sample_grid(config, folder, dataset, device):
     return sample_grid
 
 
-def make_evaluate(config, device):
-    """evaluate(net, step) -> numbers, from config.eval.num_images samples of seeds 0, 1, ...; None if not asked for."""
+def make_evaluate(config, folder, device):
+    """evaluate(net, step) -> numbers, from eval.num_images samples of seeds 0, 1, ...; None if not asked for.
+
+    The numbers with every setting behind them are saved as evaluations/STEP.json.
+    """
     if not config.eval.every:
         return None
-    from fid.evaluate import Evaluator
+    from fid.evaluate import Evaluator, format_result, save_result
     from utils.generation import generate, image_decoder
+    from utils.logging import say
 
     decode = image_decoder(config.vae, config.model.in_channels, device)
     sample = dataclasses.replace(config.sample, num_steps=config.eval.num_steps)
-
-    evaluator = Evaluator.from_config(config.eval)
+    evaluator = Evaluator.from_config(dataclasses.replace(config.eval, metrics=config.eval.metrics or "fid"))
 
     def evaluate(net, step):
         evaluator.reset()
         for batch in generate(net, decode, list(range(config.eval.num_images)), sample, device):
             evaluator.add(batch.images, batch.index)
-        return evaluator.result()["numbers"]
+        result = evaluator.result()
+        say(f"evaluation of the average at step {step}:\n{format_result(result)}")
+        save_result(folder / "evaluations" / f"{step:07d}.json", result)
+        return result["numbers"]
 
     return evaluate
 
