@@ -139,6 +139,8 @@ def plain_guided(net, cfg_scale):
     """model(x, sigma, class_labels) for the samplers: guidance by one batch of conditional and unconditional copies."""
     def model(x, sigma, class_labels):
         one_hot = F.one_hot(class_labels, net.num_classes).float()
+        if cfg_scale == 1:
+            return net(x, torch.full((len(x),), float(sigma), device=x.device), one_hot)
         one_hot = torch.cat([one_hot, torch.zeros_like(one_hot)])
         sigma = torch.full((2 * len(x),), float(sigma), device=x.device)
         conditional, unconditional = net(torch.cat([x, x]), sigma, one_hot).chunk(2)

@@ -171,9 +171,13 @@ class DiTBlock(nn.Module):
         self.mlp = Mlp(width)
         self.adaLN_modulation = adaln(cond_width, 6 * width)
 
-    def forward(self, tokens, c):
-        """tokens: (B, L, D). c: (B, D_cond), or (1, D_cond) when all samples share it. Returns (B, L, D)."""
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+    def forward(self, tokens, c=None, modulation=None):
+        """tokens: (B, L, D). c: (B, D_cond), or (1, D_cond) when all samples share it. Returns (B, L, D).
+
+        modulation: what adaLN_modulation makes of c, where it is there already.
+        """
+        modulation = self.adaLN_modulation(c) if modulation is None else modulation
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         tokens = add_gated(tokens, gate_attn, self.attn(modulate(self.norm1(tokens), shift_attn, scale_attn)))
         return add_gated(tokens, gate_mlp, self.mlp(modulate(self.norm2(tokens), shift_mlp, scale_mlp)))
 
@@ -187,6 +191,8 @@ class ModulatedLinear(nn.Module):
         self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = adaln(cond_width, 2 * width)
 
-    def forward(self, tokens, c):
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+    def forward(self, tokens, c=None, modulation=None):
+        """See DiTBlock.forward."""
+        modulation = self.adaLN_modulation(c) if modulation is None else modulation
+        shift, scale = modulation.chunk(2, dim=1)
         return self.linear(modulate(self.norm(tokens), shift, scale))

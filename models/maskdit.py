@@ -104,27 +104,28 @@ class MaskDiT(nn.Module):
         if self.use_decoder:
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, x, c_noise, class_labels=None, mask=None):
+    def forward(self, x, c_noise, class_labels=None, mask=None, modulations=None):
         """x: (B, C, H, W) scaled input. c_noise: (B,) or (1,). class_labels: (B,) or None. Returns (B, C, H, W).
 
+        modulations: see `modulations`; c_noise and class_labels are then not looked at.
         With a mask the tokens stay in its shuffled order from the first layer to the last: only the p*p*C
         input and output values of the patches are ever moved.
         """
         if mask is not None and not self.use_decoder:
             raise ValueError("a mask needs the decoder: make the model with use_decoder=True, or train it unmasked")
         ids_keep, ids_shuffle = (None, None) if mask is None else (mask.ids_keep, mask.ids_shuffle)
-        c = self.embed_conditioning(c_noise, class_labels)              # (B or 1, D)
+        c = self.embed_conditioning(c_noise, class_labels) if modulations is None else None  # (B or 1, D)
         patches = patchify(x, self.patch_size)                          # (B, L, p*p*C)
         if mask is not None:
             patches = gather_tokens(patches, ids_keep)                  # (B, L_keep, p*p*C)
         tokens = self.x_embedder(patches) + _pick(self.pos_embed, ids_keep)
-        tokens = self._run(self.blocks, tokens, c)                      # (B, L_keep, D)
+        tokens = self._run(self.blocks, tokens, c, modulations)         # (B, L_keep, D)
         if self.use_decoder:
-            tokens = self.decoder_layer(tokens, c)                      # (B, L_keep, D_dec)
+            tokens = self._run([self.decoder_layer], tokens, c, modulations)  # (B, L_keep, D_dec)
             tokens = unmask(tokens, self.mask_token, self.num_tokens)   # (B, L, D_dec)
             tokens = tokens + _pick(self.decoder_pos_embed, ids_shuffle)
-            tokens = self._run(self.decoder_blocks, tokens, c)
-        patches = self.final_layer(tokens, c)                           # (B, L, p*p*C)
+            tokens = self._run(self.decoder_blocks, tokens, c, modulations)
+        patches = self._run([self.final_layer], tokens, c, modulations)  # (B, L, p*p*C)
         if mask is not None:
             patches = gather_tokens(patches, mask.ids_restore)
         return unpatchify(patches, self.patch_size)
@@ -138,12 +139,22 @@ class MaskDiT(nn.Module):
             class_labels = torch.full((1,), self.num_classes, dtype=torch.int64, device=c.device)
         return c + self.y_embedder(class_labels)
 
-    def _run(self, blocks, tokens, c):
-        for block in blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, c, use_reentrant=False, preserve_rng_state=False)
+    def modulations(self, c_noise, class_labels):
+        """{layer: its shifts, scales and gates (B or 1, ...)}: all that depends on noise level and class, nothing else.
+
+        For sampling, where several calls have them in common; in training each layer makes its own.
+        """
+        c = self.embed_conditioning(c_noise, class_labels)
+        return {layer: layer.adaLN_modulation(c) for layer in self.modules() if isinstance(layer, (DiTBlock, ModulatedLinear))}
+
+    def _run(self, layers, tokens, c, modulations):
+        for layer in layers:
+            if modulations is not None:
+                tokens = layer(tokens, modulation=modulations[layer])
+            elif self.activation_checkpointing and torch.is_grad_enabled() and isinstance(layer, DiTBlock):
+                tokens = checkpoint(layer, tokens, c, use_reentrant=False, preserve_rng_state=False)
             else:
-                tokens = block(tokens, c)
+                tokens = layer(tokens, c)
         return tokens
 
     def cast_layers(self, dtype):

@@ -20,11 +20,12 @@ class EDMPrecond(nn.Module):
         self.patch_size, self.num_tokens = model.patch_size, model.num_tokens
         self.num_classes = model.num_classes
 
-    def forward(self, x, sigma, class_labels=None, mask=None):
+    def forward(self, x, sigma, class_labels=None, mask=None, modulations=None):
         """Denoise x (B, C, H, W) = latents + sigma * noise. Returns (B, C, H, W) float32.
 
         sigma: (B,), or a scalar for all. class_labels: (B,) class indices; num_classes, or None, is unconditional.
-        mask: TokenMask of the patches that the encoder does not see. The network may run under autocast;
+        mask: TokenMask of the patches that the encoder does not see. modulations: what `modulations` returned for the same
+        sigma and class_labels (or rows that broadcast to them), so as not to be computed again. The network may run under autocast;
         the scalings are float32. A label out of range is a ValueError on the CPU; on a GPU, where looking would
         stall it, a device-side assertion.
         """
@@ -35,9 +36,13 @@ class EDMPrecond(nn.Module):
         c_skip = self.sigma_data**2 / variance
         c_out = sigma * self.sigma_data / variance.sqrt()
         c_in = 1 / variance.sqrt()
-        c_noise = sigma.flatten().log() / 4
-        output = self.model(c_in * x, c_noise, class_labels, mask)
+        output = self.model(c_in * x, _noise_label(sigma.flatten()), class_labels, mask, modulations)
         return c_skip * x + c_out * output.to(torch.float32)
+
+    def modulations(self, sigma, class_labels=None):
+        """See MaskDiT.modulations. sigma: a number or CPU scalar. class_labels: (R,) or None."""
+        sigma = _as_batch(sigma, self.model.pos_embed)
+        return self.model.modulations(_noise_label(sigma), class_labels)
 
     def cast_layers(self, dtype):
         """See MaskDiT.cast_layers."""
@@ -68,6 +73,10 @@ class EDMPrecond(nn.Module):
             if low < 0 or high > self.num_classes:
                 raise ValueError(f"class_labels from {low} to {high} are out of range; want 0 to "
                                  f"{self.num_classes - 1}, or {self.num_classes} for unconditional")
+
+
+def _noise_label(sigma):
+    return sigma.log() / 4
 
 
 def _as_batch(sigma, x):

@@ -5,6 +5,7 @@ The state is float64; the model gets x as float32 and sigma as a float32 scalar 
 on a GPU has to wait for.
 """
 
+import functools
 import math
 from typing import Callable, NamedTuple
 
@@ -221,12 +222,42 @@ def _add_churn(x, t, schedule, scale, churn, num_steps, randn_like):
     return scale(t_hat) / scale(t) * x + added * scale(t_hat) * churn.S_noise * noise, t_hat
 
 
+# ---- the network as samplers call it
+
+class SharedConditioning:
+    """An EDMPrecond for samplers, model(x, sigma, class_labels), that computes nothing twice of what x has no part in.
+
+    Embeddings and adaLN are computed once per distinct sigma (Heun asks for most of them twice) and once per distinct class:
+    the unconditional rows of guidance are one row. Equal to the network itself up to the order of float32 sums.
+    Labels count as new when they are another tensor, so that a GPU need not be waited for.
+    """
+
+    def __init__(self, net):
+        self.net, self.num_classes = net, net.num_classes
+        self.labels, self.distinct, self.rows = None, None, None
+        self.sigma, self.modulations = None, None
+
+    def __call__(self, x, sigma, class_labels=None):
+        if class_labels is not self.labels:
+            self.labels, self.sigma = class_labels, None
+            if class_labels is not None:
+                self.distinct, self.rows = class_labels.unique(return_inverse=True)
+        if self.sigma != float(sigma):
+            self.sigma, self.modulations = float(sigma), self._modulate(sigma)
+        return self.net(x, sigma, class_labels, modulations=self.modulations)
+
+    def _modulate(self, sigma):
+        if self.labels is None:
+            return self.net.modulations(sigma)
+        return {layer: rows[self.rows] for layer, rows in self.net.modulations(sigma, self.distinct).items()}
+
+
 # ---- guidance
 
 def guided(net, cfg_scale, interval=None):
     """Classifier-free guidance: a model for the samplers with D = D_uncond + cfg_scale * (D_cond - D_uncond).
 
-    net: EDMPrecond. cfg_scale: 1 or None is off (the net itself comes back).
+    net: EDMPrecond, or SharedConditioning of one. cfg_scale: 1 or None is off (the net itself comes back).
     interval: (sigma_lo, sigma_hi]: guide only there (Kynkaanniemi et al. 2024), conditional elsewhere;
     it needs one sigma for the whole batch, as the samplers give.
     Raises ValueError for an unconditional net; when called, for missing class labels.
@@ -237,15 +268,18 @@ def guided(net, cfg_scale, interval=None):
         raise ValueError(f"cfg_scale={cfg_scale} needs a class-conditional model; this one has num_classes=0: use 1")
     sigma_lo, sigma_hi = (0.0, math.inf) if interval is None else interval
 
+    @functools.lru_cache(maxsize=1)  # tensors are compared by identity: samplers hand in the same one at every step
+    def with_unconditional(class_labels):
+        return torch.cat([class_labels, torch.full_like(class_labels, net.num_classes)])
+
     def model(x, sigma, class_labels=None):
         if class_labels is None:
             raise ValueError(f"cfg_scale={cfg_scale} needs class_labels; pass them, or use cfg_scale 1")
         if interval is not None and not sigma_lo < float(sigma) <= sigma_hi:
             return net(x, sigma, class_labels)
-        unconditional = torch.full_like(class_labels, net.num_classes)
         if torch.is_tensor(sigma) and sigma.numel() > 1:
             sigma = sigma.repeat(2)
-        denoised = net(x.repeat(2, 1, 1, 1), sigma, torch.cat([class_labels, unconditional]))  # one batch of 2B
+        denoised = net(x.repeat(2, 1, 1, 1), sigma, with_unconditional(class_labels))  # one batch of 2B
         conditional, unconditional = denoised.chunk(2)
         return unconditional + cfg_scale * (conditional - unconditional)
 

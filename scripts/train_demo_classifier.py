@@ -96,9 +96,10 @@ def box_blur(grey, width):
 def scores(classifier, real, held_out, held_out_labels):
     """[(name, number of images, FD, FD / total variance of the reference)] against the demo's training images."""
     from fid.evaluate import Evaluator
+    evaluator = Evaluator(as_rgb(real), metrics=("fid",), embedding=classifier)
     rows = []
     for name, grey in examples(held_out, held_out_labels).items():
-        evaluator = Evaluator(as_rgb(real), metrics=("fid",), embedding=classifier)
+        evaluator.reset()
         evaluator.add(as_rgb(grey), 0)
         distance = evaluator.result()["numbers"]["FD-classifier"]
         rows.append((name, len(grey), distance, distance / evaluator.reference.statistics["pool"].sigma.trace()))

@@ -9,7 +9,7 @@ class Recorder(torch.nn.Module):
     """Stands for the network: returns 3 + 2 x and remembers what it was given."""
     in_size, in_channels, patch_size, num_tokens, num_classes = 4, 3, 2, 4, 5
 
-    def forward(self, x, c_noise, class_labels=None, mask=None):
+    def forward(self, x, c_noise, class_labels=None, mask=None, modulations=None):
         self.x, self.c_noise, self.class_labels = x, c_noise, class_labels
         return 3 + 2 * x
 

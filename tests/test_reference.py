@@ -111,12 +111,13 @@ def test_a_schedule_compiles_few_graphs(settings, graphs):
     assert graphs[0] <= len(made) <= graphs[1]
 
 
-def test_fast_guided_sampling_equals_the_plain_one(latents):
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+def test_fast_sampling_equals_the_plain_one(latents, cfg_scale):
     fast = tiny_net()
     labels = torch.tensor([0, 6, 2, 3, 3])
-    results = [models.edm_sampler(model, latents, labels, num_steps=5)
-               for model in (models.guided(fast, 1.5), plain_guided(PlainDenoiser(fast), 1.5))]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    plain = models.edm_sampler(plain_guided(PlainDenoiser(fast), cfg_scale), latents, labels, num_steps=5)
+    for net in (fast, models.SharedConditioning(fast)):
+        torch.testing.assert_close(models.edm_sampler(models.guided(net, cfg_scale), latents, labels, num_steps=5), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_training_steps_of_the_trainer_equal_plain_ones():

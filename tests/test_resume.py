@@ -8,6 +8,8 @@ import pytest
 import torch
 from training_runs import assert_same_run, command_line, metrics
 
+from utils.checkpoint import find_latest
+
 EXIT_STOPPED = 75
 
 
@@ -68,6 +70,37 @@ def test_signal_before_the_first_step_stops_in_good_order(runs, tiny_latents, fi
     assert codes[0] in (EXIT_STOPPED, -signal.SIGTERM)  # the second: even before Python had installed the handler
     run_to_the_end(runs, arguments, tmp_path / "out.txt")
     assert_same_run(tmp_path / "run", finished)
+
+
+# The first file of a run that is flushed is the probe of `prepare`; the checkpoint of step 4 takes two (.pt, manifest), then that of step 8.
+@pytest.mark.parametrize("crash, code", [
+    (("notice in write", 100), EXIT_STOPPED), (("notice in sync", 4), EXIT_STOPPED), (("notice in sync", 5), EXIT_STOPPED),
+    (("two notices in write", 100), 128 + signal.SIGTERM), (("two notices in sync", 4), 128 + signal.SIGTERM),
+    (("stream", 100), -signal.SIGKILL), (("sync", 4), -signal.SIGKILL), (("sync", 5), -signal.SIGKILL),
+])
+def test_signal_while_a_checkpoint_is_written(runs, tiny_latents, finished, tmp_path, crash, code):
+    """SIGTERM lets the write end and saves the stop after it; a second one, or SIGKILL, leaves half a file that nobody takes up."""
+    arguments = command_line(tiny_latents, tmp_path, log__sample_every=4)
+    codes, said = runs.start(arguments, tmp_path / "out.txt", crash=crash)
+    assert codes == [code], said
+    newest = find_latest(tmp_path / "run" / "checkpoints")
+    if code == EXIT_STOPPED:
+        assert f"stopped at step {int(newest.stem)} as asked" in said
+        assert not list(newest.parent.glob("*.tmp"))
+    else:
+        assert newest is None if crash[1] == 100 else newest.stem == "0000004"
+        assert list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    run_to_the_end(runs, arguments, tmp_path / "out.txt")
+    assert_same_run_but_for_the_stop(tmp_path / "run", finished)
+
+
+@pytest.mark.parametrize("crash, codes", [(("notice in write", 100), [EXIT_STOPPED] * 2), (("stream", 100), [-signal.SIGKILL] * 2)])
+def test_signal_while_one_of_two_processes_writes_a_checkpoint(runs, tiny_latents, tmp_path, crash, codes):
+    calm, stopped = (command_line(tiny_latents, tmp_path / name) for name in ("calm", "stopped"))
+    assert runs.start(calm, tmp_path / "out.txt", 2)[0] == [0, 0]
+    assert runs.start(stopped, tmp_path / "out.txt", 2, crash=crash)[0] == codes
+    assert runs.start(stopped, tmp_path / "out.txt", 2)[0] == [0, 0]
+    assert_same_run_but_for_the_stop(tmp_path / "stopped" / "run", tmp_path / "calm" / "run")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])

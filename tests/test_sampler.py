@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from models import ablation_sampler, create_model, edm_sampler, guided
+from models import SharedConditioning, ablation_sampler, create_model, edm_sampler, guided
 from models.sampler import SCHEDULES, edm_sigmas
 
 SIGMA_DATA = 0.5
@@ -183,6 +183,40 @@ def test_interval_guides_only_inside():
     values = [model(torch.zeros(1, 1, 2, 2), sigma, torch.tensor([2])).mean().item() for sigma in (0.28, 0.29, 2.9, 3.0)]
     assert values == [3.0, 6.0, 6.0, 3.0]
     assert net.batches == [1, 2, 2, 1]
+
+
+def tiny_net(num_classes=5):
+    torch.manual_seed(0)
+    net = create_model("DiT-S/2", 4, 3, num_classes, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return net.requires_grad_(False)
+
+
+@pytest.mark.parametrize("cfg_scale, interval, num_steps, calls", [
+    (1.0, None, 6, [2] * 6),             # one call per noise level, one row per class
+    (3.0, None, 6, [3] * 6),             # and one for no class
+    (3.0, (0.05, 3.0), 4, [2, 2, 3, 2])])  # sigmas 80, 9.7, 0.47, 0.002
+def test_conditioning_is_computed_once_per_noise_level_and_class(cfg_scale, interval, num_steps, calls):
+    net, rows = tiny_net(), []
+    x, labels = torch.randn(3, 3, 4, 4), torch.tensor([4, 1, 4])
+    expected = edm_sampler(guided(net, cfg_scale, interval), x, labels, num_steps=num_steps)
+    net.model.final_layer.adaLN_modulation.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    latents = edm_sampler(guided(SharedConditioning(net), cfg_scale, interval), x, labels, num_steps=num_steps)
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+    assert rows == calls
+
+
+def test_new_labels_or_another_sigma_are_noticed():
+    net = tiny_net()
+    shared, x = SharedConditioning(net), torch.randn(2, 3, 4, 4)
+    for sigma, labels in ((1.0, torch.tensor([0, 1])), (2.0, None), (1.0, torch.tensor([2, 3])), (1.0, None), (1.0, torch.tensor([5, 0]))):
+        torch.testing.assert_close(shared(x, torch.tensor(sigma), labels), net(x, torch.tensor(sigma), labels), rtol=1e-5, atol=1e-5)
+
+
+def test_shared_conditioning_of_a_net_without_classes():
+    net, x = tiny_net(num_classes=0), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(SharedConditioning(net)(x, 1.5), net(x, 1.5), rtol=1e-5, atol=1e-5)
 
 
 def test_guidance_without_classes_is_refused():

@@ -247,6 +247,15 @@ def _arm(point, count):
         stream.stream.flush()
         die()
 
+    def notice(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)  # a slow disk: training has heard of it long before this goes on
+
+    def two_notices(*_):
+        notice()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3600)
+
     def sleep(*_):
         time.sleep(3600)
 
@@ -256,9 +265,12 @@ def _arm(point, count):
     def refuse(*_):
         raise ValueError("bad data on purpose")
 
-    places = {"refuse": (trainer, "train_step", refuse), "vanish": (trainer, "train_step", lambda *_: os._exit(77)),
+    write = checkpoint._HashingStream, "write"
+    places = {"notice in write": (*write, notice), "two notices in write": (*write, two_notices),
+              "notice in sync": (checkpoint, "_flush_to_disk", notice), "two notices in sync": (checkpoint, "_flush_to_disk", two_notices),
+              "refuse": (trainer, "train_step", refuse), "vanish": (trainer, "train_step", lambda *_: os._exit(77)),
               "step": (trainer, "train_step", die), "metrics": (logging.RunLog, "metrics", half_a_line),
-              "stream": (checkpoint._HashingStream, "write", half_the_data), "sync": (checkpoint, "_flush_to_disk", die),
+              "stream": (*write, half_the_data), "sync": (checkpoint, "_flush_to_disk", die),
               "rename": (checkpoint.os, "replace", die), "manifest": (checkpoint, "write_atomically", die),
               "delete": (checkpoint.CheckpointWriter, "_delete_old", die), "unlink": (checkpoint.Path, "unlink", die), "copy": (checkpoint.CheckpointWriter, "_copy_to_host", die),
               "grid": (generation, "draw_grid", die), "hang": (trainer, "train_step", sleep), "fail": (trainer, "train_step", fail)}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from models import ablation_sampler, create_model, edm_sampler, guided, load_autoencoder
+from models import SharedConditioning, ablation_sampler, create_model, edm_sampler, guided, load_autoencoder
 from models.maskdit import SIZES
 from utils import distributed
 from utils.config import ModelConfig
@@ -68,7 +68,7 @@ def prepare_network(net, config, device):
     if amp != "no":
         net.cast_layers(DTYPES[amp])
     if config.compile:
-        net.compile_blocks()
+        net.compile_blocks(dynamic=True)  # guided or not, and a smaller last batch: the same graphs
 
 
 def infer_model_config(weights, path):
@@ -123,7 +123,7 @@ def draw_inputs(seeds, net, device, class_idx=()):
 def sample_latents(net, seeds, config, device, class_idx=(), progress=None):
     """Sample the latents of some seeds as one batch: (latents (B, C, H, W) float32, class_labels (B,) or None)."""
     streams, noise, class_labels = draw_inputs(seeds, net, device, class_idx)
-    model = guided(net, config.cfg_scale, config.cfg_interval)
+    model = guided(SharedConditioning(net), config.cfg_scale, config.cfg_interval)
     with autocast(config.amp, device):
         latents = build_sampler(config)(model, noise, class_labels, randn_like=streams.randn_like, progress=progress)
     return latents.float(), class_labels

@@ -1,0 +1,68 @@
+"""What a step does after the backward pass: AdamW and EMA, fused as this project runs them and one tensor at a time.
+
+    python -m benchmarks.optimizer --model DiT-S/2 --json benchmarks/results/optimizer.json
+
+All arms work on their own copy of the same weights and gradients. GB/s counts the bytes that the arithmetic needs: 28 per weight for
+AdamW (weight, gradient and two moments read; weight and moments written), 12 for EMA.
+"""
+
+import argparse
+
+from benchmarks.common import add_common_arguments, alternate, print_table, speedup, spread, start, write_json
+from utils.cli import run
+
+BYTES = {"AdamW": 28, "EMA": 12}
+COLUMNS = ("update", "arm", "ms", "GB/s", "x plain")
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="DiT-S/2")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
+    add_common_arguments(parser, rounds=11)
+    return parser.parse_args(argv)
+
+
+def make_arms(config, device):
+    """{(update, arm): function}, and the number of weights."""
+    import copy
+
+    import torch
+
+    from benchmarks.reference import PlainTraining
+    from utils.generation import build_model
+    from utils.trainer import TrainState
+
+    plain_net = build_model(config.model).to(device)
+    state = TrainState(copy.deepcopy(plain_net), config, device)
+    plain = PlainTraining(plain_net, config.train, device)
+    plain.optimizer.param_groups[0]["foreach"] = False  # as a loop over tensors, on GPUs too
+    for net in (plain.net, state.net):
+        generator = torch.Generator(device).manual_seed(0)
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator, device=device)
+    arms = {("AdamW", "plain"): plain.optimizer.step, ("AdamW", "ours"): state.optimizer.step,
+            ("EMA", "plain"): plain.update_ema, ("EMA", "ours"): state.ema.update}
+    return arms, sum(p.numel() for p in plain.net.parameters())
+
+
+def main():
+    from utils.config import load_config
+
+    args = parse_arguments()
+    device = start(args)
+    arms, weights = make_arms(load_config(overrides=[f"model.model_type={args.model}", *args.set]), device)
+    measured = alternate(arms, args, device)
+    rows = []
+    for update, arm in arms:
+        seconds = spread(measured[update, arm]["seconds"])
+        rows.append({"update": update, "arm": arm, "ms": {key: 1000 * value for key, value in seconds.items()},
+                     "GB/s": BYTES[update] * weights / 1e9 / seconds["median"],
+                     "x plain": speedup(measured, (update, "plain"), (update, arm)) if arm != "plain" else None})
+    print_table(rows, COLUMNS)
+    write_json(args.json, device, model=args.model, weights=weights, rows=rows)
+
+
+if __name__ == "__main__":
+    run(main)
