@@ -24,8 +24,11 @@ def run(main):
         code = 130
     except Exception as error:
         code = _report(error)
-        if code is None:
+        if code is None and "RANK" not in os.environ:
             raise
+        if code is None:
+            traceback.print_exc()
+            code = EXIT_OTHER_FAILED
     if "RANK" in os.environ:  # one of several: PyTorch's threads now and then abort the interpreter's way out, and the exit code is lost
         sys.stdout.flush()
         sys.stderr.flush()
