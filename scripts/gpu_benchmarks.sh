@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Measure everything that wants a GPU, in about half an hour on one H100: numbers as JSON and pictures in benchmarks/results/gpu.
+#     bash scripts/gpu_benchmarks.sh
+# What has its JSON already is not measured again. A part that fails is named at the end, and the others run.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=$(bash scripts/env.sh) || exit 1
+out=benchmarks/results/gpu
+failed=()
+if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "gpu_benchmarks: no CUDA GPU here" >&2
+    exit 2
+fi
+mkdir -p "$out"
+
+measure() {  # NAME MODULE [arguments]
+    local name=$1 module=$2
+    shift 2
+    if [ -f "$out/$name.json" ]; then return; fi
+    printf '\n== %s\n' "$name"
+    "$PYTHON" -m "benchmarks.$module" "$@" --json "$out/$name.json" || failed+=("$name")
+}
+
+measure train_xl2 train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms plain ours compiled unmasked dit --rounds 10
+measure train_xl2_512px train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms ours compiled unmasked dit --rounds 10
+measure train_s2 train --sizes S/2 --amp bf16 --batchsize 256 --arms plain ours compiled --rounds 20
+measure train_xl2_graphs train --sizes XL/2 --amp bf16 --batchsize 32 --arms compiled --rounds 20 --set train.cuda_graphs=true
+measure train_xl2_checkpointing train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms ours --checkpointing --rounds 10
+measure sample_xl2 sample --sizes XL/2 --amp no bf16 --num_steps 40 --batchsize 32 --rounds 2 --warmup 1
+measure optimizer optimizer --model DiT-XL/2 --rounds 20
+measure checkpoint_stall checkpoint_stall --rounds 3 --warmup 1
+measure fid fid
+measure loader loader
+"$PYTHON" -m benchmarks.plot "$out"/train_*.json || failed+=(plot)
+"$PYTHON" -m experiments.run --setting gpu && "$PYTHON" -m experiments.costs --setting gpu || failed+=(experiments)
+
+if ((${#failed[@]})); then
+    echo "gpu_benchmarks: failed: ${failed[*]}" >&2
+    exit 1
+fi
+echo "gpu_benchmarks: everything is in $out and experiments/results/gpu"

@@ -1,0 +1,43 @@
+"""The bars of benchmarks/plot.py."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from benchmarks import plot
+
+
+def row(arm, milliseconds, memory=None, batch=4):
+    spread = dict(zip(("median", "lowest", "highest"), milliseconds))
+    return {"model": "S/2", "masked": 0.5, "amp": "no", "batch": batch, "arm": arm, "ms/step": spread, "img/s": 0.0, "GB": memory}
+
+
+def write(path, rows):
+    path.write_text(json.dumps({"device": "CPU", "rows": rows}))
+    return path
+
+
+def test_speed_is_batch_over_time_and_slow_rounds_are_its_lowest():
+    assert plot.speed_of(row("ours", (200, 100, 400))) == (20.0, 10.0, 40.0)
+
+
+def test_cases_are_groups_and_arms_their_bars():
+    groups = plot.groups_of([row("ours", (2, 1, 3)), row("dit", (2, 1, 3)), row("ours", (2, 1, 3), batch=8)])
+    assert [list(group) for group in groups.values()] == [["ours", "dit"], ["ours"]]
+
+
+@pytest.mark.parametrize("memory, wide", [(None, False), (3.5, True)])
+def test_memory_is_drawn_where_it_was_measured(tmp_path, monkeypatch, memory, wide):
+    file = write(tmp_path / "train.json", [row("ours", (2, 1, 3), memory), row("dit", (2, 1, 3), memory)])
+    monkeypatch.setattr("sys.argv", ["plot", str(file)])
+    plot.main()
+    with Image.open(tmp_path / "train.png") as picture:
+        assert (picture.width > 2 * picture.height) == wide
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": [], "device": "CPU"}', '{"rows": [{"model": 1}], "device": "CPU"}'])
+def test_other_files_are_refused_by_name(tmp_path, content):
+    (tmp_path / "other.json").write_text(content)
+    with pytest.raises(ValueError, match="other.json is no result of benchmarks/train.py"):
+        plot.read_rows(tmp_path / "other.json")
