@@ -77,6 +77,7 @@ def ablation(folder):
         axis.bar([i + offset for i in range(len(runs))], means, 0.4, yerr=spread, capsize=3, label=name)
     axis.set_xticks(range(len(runs)), [found[0]["title"] for found in runs.values()], rotation=20, fontsize=8)
     axis.set(ylabel="FD-classifier, equal FLOPs")
+    axis.margins(y=0.25)
     axis.legend()
     return figure
 
