@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=$(bash scripts/env.sh)
 SECONDS=0
 out=results/demo
-checkpoint=$out/fashion-mnist-tune/checkpoints/0002250.pt
+checkpoint=$out/fashion-mnist-tune/checkpoints/0002000.pt
 
 step() { printf '\n== %s (%d s)\n' "$1" "$SECONDS"; }
 run() {
@@ -22,7 +22,7 @@ run train_latent.py --config configs/demo/fashion-mnist.yaml
 
 step "3/5 Unmasking tuning: a short run on all patches"
 run train_latent.py --config configs/demo/fashion-mnist-tune.yaml --use_ckpt_path False \
-    --ckpt_path $out/fashion-mnist/checkpoints/0001700.pt
+    --ckpt_path $out/fashion-mnist/checkpoints/0001500.pt
 
 step "4/5 Sample 500 images, 50 of each class, with guidance"
 run generate.py --ckpt_path $checkpoint --outdir $out/samples --seeds 0-499 --class_idx 0 1 2 3 4 5 6 7 8 9
