@@ -120,7 +120,7 @@ def tables(folder):
     """{marker: markdown} of everything in a result folder."""
     runs = load(folder)
     found = {"final": final_table(runs), "target": target_table(runs), "curve": curve_table(runs)}
-    for name, make in (("real", real_table), ("steps", gain_table), ("paper", paper_table), ("memory", lambda p: memory_table(p))):
+    for name, make in (("real", real_table), ("steps", gain_table), ("paper", paper_table), ("memory", memory_table)):
         path = folder / f"{'paper' if name == 'memory' else name}.json"
         if path.is_file():
             found[name] = make(json.loads(path.read_text()))

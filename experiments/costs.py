@@ -10,13 +10,13 @@ same on every machine, nothing is computed.
 import argparse
 from pathlib import Path
 
+from benchmarks.estimate import STATE_BYTES
 from experiments.settings import image_flops, load_setting
 from utils.cli import run
 
 ARMS = {"dit": (False, 0.0), "unmasked": (True, 0.0), "masked": (True, 0.5)}  # decoder, mask ratio
 PAPER_SIZES, PAPER_LATENTS = ("S/2", "B/2", "L/2", "XL/2"), {"256 px": 32, "512 px": 64}
 MEMORY_SIZE = "XL/2"
-STATE_BYTES = 20  # per parameter in float32: weight, gradient, AdamW's two moments, EMA
 
 
 def parse_arguments(argv=None):
