@@ -146,14 +146,18 @@ def environment(device):
 
 
 def device_name(device):
+    """The GPU and its memory; or the CPU and what its vector instructions can do."""
     import torch
+
+    from utils.precision import CPU_INFO, native_bf16
 
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory / 2**30
         return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB"
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU {names[0] if names else platform.machine()}"
+    bf16 = "with" if native_bf16(device) else "without"
+    return f"CPU {names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {bf16} bf16 instructions"
 
 
 def _module_name():

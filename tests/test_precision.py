@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from utils.precision import Stepper, autocast, effective_amp
+from utils import precision
+from utils.precision import Stepper, autocast, effective_amp, native_bf16
 
 CPU = torch.device("cpu")
 
@@ -99,3 +100,15 @@ def test_formats_of_the_cpu():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with autocast("fp16", CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("text, wanted", [
+    ("flags\t\t: fpu avx512f avx512_bf16 clzero", True), ("flags\t\t: fpu avx512f amx_bf16", True), ("Features\t: fp asimd bf16", True),
+    ("flags\t\t: fpu avx512f avx2", False), (None, False),
+])
+def test_bf16_instructions_of_a_cpu_are_read_from_its_flags(text, wanted, tmp_path, monkeypatch):
+    path = tmp_path / "cpuinfo"
+    if text is not None:
+        path.write_text(f"model name\t: Some CPU\n{text}\n")
+    monkeypatch.setattr(precision, "CPU_INFO", path)
+    assert native_bf16(CPU) is wanted

@@ -2,15 +2,25 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 import torch
 
+CPU_INFO = Path("/proc/cpuinfo")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def effective_amp(amp, device):
     """The format that `amp` ("fp16", "bf16", "no") means on `device`: CPUs have no fp16 training and use float32 instead."""
     return "no" if amp == "fp16" and device.type == "cpu" else amp
+
+
+def native_bf16(device):
+    """True if the device multiplies bf16 matrices in hardware; others imitate it, many times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    words = set(CPU_INFO.read_text().split()) if CPU_INFO.is_file() else set()
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})  # x86, x86, Arm; systems without the file: taken as no
 
 
 def autocast(amp, device):
