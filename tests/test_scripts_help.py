@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.startup import commands
+
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["torch", "torchvision", "diffusers", "timm", "scipy", "matplotlib", "lmdb", "tensorboard", "requests"]
 
@@ -23,17 +25,7 @@ print("RESULT", json.dumps([code, [name for name in heavy if name in sys.modules
 """
 
 
-def targets():
-    """Top-level scripts by path, modules of the packages as `python -m` takes them."""
-    scripts = [path.name for path in sorted(ROOT.glob("*.py"))]
-    files = [path.relative_to(ROOT) for folder in ("scripts", "utils", "fid", "benchmarks", "experiments") for path in sorted(ROOT.glob(f"{folder}/*.py"))
-             if '__name__ == "__main__"' in path.read_text() or path.name == "__main__.py"]
-    tools = [str(path) for path in files if path.parts[0] == "scripts"]
-    modules = [".".join(path.with_suffix("").parts).removesuffix(".__main__") for path in files if path.parts[0] != "scripts"]
-    return scripts + tools + modules
-
-
-@pytest.mark.parametrize("target", targets())
+@pytest.mark.parametrize("target", commands())
 def test_help_answers_without_loading_anything_heavy(target):
     process = subprocess.run([sys.executable, "-c", RUNNER, target, json.dumps(HEAVY)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     text, _, result = process.stdout.partition("RESULT ")
