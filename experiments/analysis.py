@@ -57,8 +57,8 @@ def final_table(runs):
     rows = [[found[0]["title"], len(found), found[0]["start_step"] + found[0]["steps"] if found[0]["start"] else found[0]["steps"],
              mean_spread([run["snapshots"][-1]["train_s"] for run in found], 0),
              f"{statistics.mean(run['snapshots'][-1]['flops'] for run in found) / 1e12:.2f}",
-             mean_spread([run["snapshots"][-1]["fd"] for run in found]),
-             mean_spread([100 * run["snapshots"][-1]["accuracy"] for run in found], 0),
+             mean_spread([run["final"]["fd"] for run in found]),
+             mean_spread([100 * run["final"]["accuracy"] for run in found], 0),
              mean_spread([run["guided"]["fd"] for run in found]),
              mean_spread([100 * run["guided"]["accuracy"] for run in found], 0)] for found in runs.values()]
     return table(["arm", "seeds", "steps", "training s", "TFLOP", "FD", "class named right, %", "FD guided", "right, guided, %"], rows)
@@ -111,9 +111,9 @@ def memory_table(paper):
 
 
 def real_table(real):
-    rows = [[name, f"{real[key]['fd']:.2f}", f"{100 * real[key]['accuracy']:.0f}"]
+    rows = [[name, row["images"], f"{row[key]['fd']:.3f}", f"{100 * row[key]['accuracy']:.0f}"] for row in real["rows"]
             for key, name in (("real", "real training images"), ("decoded", "the same, encoded and decoded"))]
-    return table(["images", "FD", "class named right, %"], rows)
+    return table(["images", "number", "FD", "class named right, %"], rows)
 
 
 def tables(folder):

@@ -39,7 +39,7 @@ def measure_steps(setting, args, device):
     for width in setting.costs["widths"]:
         for side in setting.costs["sides"]:
             batch = max(1, setting.costs["tokens_per_step"] // side**2)
-            configs = {arm: _step_config(side, width, batch, setting.config["train"]["amp"], *ARMS[arm]) for arm in ARMS}
+            configs = {arm: _step_config(side, width, batch, setting.amp, *ARMS[arm]) for arm in ARMS}
             measured = alternate({arm: make_arm(config, "ours", device) for arm, config in configs.items()}, args, device)
             for arm, config in configs.items():
                 rows.append({"tokens": side**2, "width": width, "batch": batch, "arm": arm, "seconds": measured[arm]["seconds"],

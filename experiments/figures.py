@@ -59,7 +59,7 @@ def convergence(folder):
             fd = [[s["fd"] for s in point] for point in points]
             axis.plot(x, [statistics.mean(v) for v in fd], marker="o", markersize=3, color=COLOURS[arm], label=found[0]["title"])
             axis.fill_between(x, [min(v) for v in fd], [max(v) for v in fd], color=COLOURS[arm], alpha=0.2, linewidth=0)
-        axis.axhline(read(folder, "real")["real"]["fd"], color="black", linestyle="--", linewidth=1, label="real images")
+        axis.axhline(read(folder, "real")["rows"][0]["real"]["fd"], color="black", linestyle="--", linewidth=1, label="real images")
         axis.set(xlabel=label, ylabel="FD-classifier", yscale="log")
     axes[0].legend(fontsize=8)
     return figure
@@ -70,7 +70,7 @@ def ablation(folder):
     figure, (axis,) = new_figure(1)
     loaded = load(folder)
     runs = {arm: loaded[arm] for arm in ABLATION if arm in loaded}
-    for offset, name, pick in ((-0.2, "unguided", lambda r: r["snapshots"][-1]["fd"]), (0.2, "guided", lambda r: r["guided"]["fd"])):
+    for offset, name, pick in ((-0.2, "unguided", lambda r: r["final"]["fd"]), (0.2, "guided", lambda r: r["guided"]["fd"])):
         values = [[pick(run) for run in found] for found in runs.values()]
         means = [statistics.mean(v) for v in values]
         spread = [[m - min(v) for m, v in zip(means, values)], [max(v) - m for m, v in zip(means, values)]]

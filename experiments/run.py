@@ -1,19 +1,25 @@
 """Train and score the arms of an experiment, each on the same FLOPs; one JSON per arm and seed.
 
-    python3 -m experiments.run --setting cpu                        # about two hours on one core; Ctrl-C and the same command go on
+    python3 -m experiments.run --setting cpu --jobs 2               # seeds side by side, one core each
     python3 -m experiments.run --setting cpu --arms dit unmasked masked-50 tuned-const --seeds 0
     python3 -m experiments.figures --setting cpu                    # then: figures and docs/results.md
 
-What is done (its JSON is there) is not done again. Checkpoints and latents go to --work, the small results to --out.
+Ctrl-C, and the same command later, go on where it was. What is done (its JSON is there) is not done again. Checkpoints and
+latents go to --work, the small results to --out.
 """
 
 import argparse
 import dataclasses
+import functools
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 from experiments.settings import arm_config, flops_of_steps, flops_per_image, load_setting, plan
 from utils.cli import PROJECT_ROOT, run
+from utils.signals import EXIT_STOPPED
 
 FASHION_MNIST = (PROJECT_ROOT / "assets" / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist"))  # the second: Debian's package
 TRAIN_FILE = "train-images-idx3-ubyte.gz"
@@ -28,7 +34,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--data", type=Path, help="folder of Fashion-MNIST's training files (default: assets, else Debian's)")
     parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of the results (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path("results/experiments"), help="folder of checkpoints (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time, each in a process of its own (default 1)")
     return parser.parse_args(argv)
 
 
@@ -103,30 +110,47 @@ class Scores:
             count += len(images)
         return {"fd": evaluator.result()["numbers"]["FD-classifier"], "accuracy": right / count}
 
-    def score_samples(self, net, data, setting, config, device, cfg_scale=1.0):
+
+class Sampler:
+    """Samples of a run's EMA weights, from a copy of its network that is made ready for sampling once and takes the weights anew."""
+
+    def __init__(self, config, data, device):
+        from utils.generation import build_model, prepare_network
+
+        self.config, self.data, self.device = config, data, device
+        self.net = build_model(config.model).to(device).eval().requires_grad_(False)
+        prepare_network(self.net, config.sample, device)
+
+    def draw(self, net, count, cfg_scale=1.0, class_idx=()):
+        """Batches (images (B, H, W, 3) uint8, class_labels (B,)) of seeds 0 to count - 1 with the weights of `net`."""
         from utils.generation import generate
 
-        sample = dataclasses.replace(config.sample, cfg_scale=cfg_scale)
-        batches = generate(net, data.decode, list(range(setting.samples)), sample, device)
-        return self.score((batch.images, batch.class_labels) for batch in batches)
+        self.net.load_state_dict(net.state_dict())
+        sample = dataclasses.replace(self.config.sample, cfg_scale=cfg_scale)
+        for batch in generate(self.net, self.data.decode, list(range(count)), sample, self.device, class_idx):
+            yield batch.images, batch.class_labels
 
 
 def score_real(setting, data, images, scores):
     """Scores of as many real training images as there are samples: as they are, and through what the models learn from."""
+    return [{"images": count} | {name: scores.score(_real_batches(setting, data, images, count, name == "decoded"))
+                                 for name in ("real", "decoded")} for count in (setting.samples, setting.final_samples)]
+
+
+def _real_batches(setting, data, images, count, decoded):
     import torch
 
     from utils.data import stream_indices
 
     size = setting.config["sample"]["batchsize"]
     generator = torch.Generator()
-    found = {"real": [], "decoded": []}
-    for start in range(0, setting.samples, size):
-        indices = stream_indices(images.num_images, 0, start, min(size, setting.samples - start))
+    for start in range(0, count, size):
+        indices = stream_indices(images.num_images, 0, start, min(size, count - start))
         pixels, labels = map(torch.from_numpy, images.read(indices))
-        latents = data.encode(torch.from_numpy(data.dataset.read(indices)[0]), generator)
-        found["real"].append((pixels.permute(0, 2, 3, 1).contiguous().numpy(), labels))
-        found["decoded"].append((data.decode(latents), labels))
-    return {name: scores.score(batches) for name, batches in found.items()}
+        if decoded:
+            yield data.decode(data.encode(torch.from_numpy(data.dataset.read(indices)[0]), generator)), labels
+        else:
+            yield pixels.permute(0, 2, 3, 1).contiguous().numpy(), labels
 
 
 # ---- one run
@@ -145,7 +169,10 @@ class Stopwatch:
 
 
 def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
-    """Train one arm with `utils.trainer.fit`, in its own folder below `work`; returns (exit code, snapshots, network)."""
+    """Train one arm with `utils.trainer.fit`, in its own folder below `work`; returns (exit code, snapshots, draw).
+
+    draw: Sampler.draw of the final EMA weights.
+    """
     import torch
 
     from utils.checkpoint import find_latest, load_checkpoint
@@ -173,12 +200,13 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         snapshots = [line for line in lines if line["step"] <= state.step]
     stopwatch = Stopwatch(clock, snapshots[-1]["train_s"] if snapshots else 0.0)
+    sampler = Sampler(config, data, device)
 
     def evaluate(net, step):
         stopwatch.pause()
         done = step - state.start_step
         values = {"train_s": stopwatch.seconds, "flops": planned["start_flops"] + flops_of_steps(config, done, planned["steps"]),
-                  **scores.score_samples(net, data, setting, config, device)}
+                  **scores.score(sampler.draw(net, setting.samples))}
         stopwatch.go_on()
         return values
 
@@ -187,40 +215,37 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
         stopwatch.go_on()
         code = fit(state, folder, data.dataset, data.encode, notice, evaluate=evaluate)
         if code:
-            return code, [], state.ema.net
+            return code, [], None
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return 0, [json.loads(line) for line in lines], state.ema.net
+    return 0, [json.loads(line) for line in lines], functools.partial(sampler.draw, state.ema.net)
 
 
-def record(setting, arm, seed, snapshots, net, data, scores, path, device):
-    """Score the guided samples too, keep some pictures, and write the run's JSON."""
+def record(setting, arm, seed, snapshots, draw, scores, path, device):
+    """Score the final samples, unguided and guided, keep some pictures, and write the run's JSON. draw: of train_arm."""
     from benchmarks.common import write_json
     from utils.config import to_dict
 
     config = arm_config(setting, arm, seed)
-    guided = scores.score_samples(net, data, setting, config, device, setting.guided)
+    final = scores.score(draw(setting.final_samples))
+    guided = scores.score(draw(setting.samples, setting.guided))
     if seed == setting.seeds[0]:
-        draw_samples(setting, config, net, data, path.with_suffix(".png"), device)
+        save_samples(setting, config.model.num_classes, draw, path.with_suffix(".png"))
     planned = plan(setting, arm)
     write_json(path, device, arm=arm, seed=seed, title=setting.title(arm), setting=dataclasses.asdict(setting), **planned,
                start=setting.start(arm), config={key: to_dict(config)[key] for key in ("model", "train", "sample")},
-               parameters=sum(p.numel() for p in net.parameters() if p.dtype.is_floating_point),
                flops_per_image=[flops_per_image(config, progress) for progress in (0.0, 1.0)],
-               snapshots=snapshots, guided=guided)
+               snapshots=snapshots, final=final, guided=guided)
 
 
-def draw_samples(setting, config, net, data, path, device):
+def save_samples(setting, num_classes, draw, path):
     """A PNG of guided samples, `grid_columns` per class and one class per row, without text: figures put labels to it."""
     import numpy as np
 
-    from utils.generation import generate
     from utils.images import save_png, tile
 
-    columns, num_classes = setting.grid_columns, config.model.num_classes
-    classes = [index for index in range(num_classes) for _ in range(columns)]
-    sample = dataclasses.replace(config.sample, cfg_scale=setting.guided)
-    batches = generate(net, data.decode, list(range(len(classes))), sample, device, classes)
-    save_png(path, tile(np.concatenate([batch.images for batch in batches]), columns))
+    classes = [index for index in range(num_classes) for _ in range(setting.grid_columns)]
+    batches = draw(len(classes), setting.guided, classes)
+    save_png(path, tile(np.concatenate([images for images, _ in batches]), setting.grid_columns))
 
 
 def check_same(path, setting):
@@ -232,7 +257,49 @@ def check_same(path, setting):
                          f"move it away, or give another --out and --work")
 
 
+# ---- all runs
+
+def run_jobs(chosen, args, argv, logs):
+    """Start this command again for every seed, `args.jobs` at a time; returns the first exit code that is not 0.
+
+    chosen: [(arm, seed), ...]. What the processes say goes to logs/seedN.log; a signal is passed on to all of them.
+    """
+    from utils.logging import Progress, say
+    from utils.signals import StopNotice
+
+    arms = {}
+    for arm, seed in chosen:
+        arms.setdefault(seed, []).append(arm)
+    waiting, running, code = list(arms), {}, 0
+    results = [args.out / args.setting / f"{arm}-seed{seed}.json" for arm, seed in chosen]
+    logs.mkdir(parents=True, exist_ok=True)
+    with StopNotice() as notice, Progress(len(results), "experiment", "runs", every_s=300.0) as progress:
+        while running or (waiting and not code):
+            while waiting and len(running) < args.jobs and not notice.requested and not code:
+                seed = waiting.pop(0)
+                log = logs / f"seed{seed}.log"
+                say(f"seed {seed}: {', '.join(arms[seed])}; what it says goes to {log}")
+                command = [sys.executable, "-m", "experiments.run", *argv, "--jobs", "1", "--seeds", str(seed), "--arms", *arms[seed]]
+                with open(log, "a") as file:
+                    # a session of its own: a Ctrl-C on the terminal reaches it once, through this process
+                    running[seed] = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+            time.sleep(1.0)
+            if notice.requested and not code:
+                code = EXIT_STOPPED
+                for process in running.values():
+                    process.terminate()
+            for seed in [seed for seed, process in running.items() if process.poll() is not None]:
+                ended = running.pop(seed).returncode
+                if ended and not code:
+                    code = ended
+                    say(f"seed {seed} ended with code {ended}; the end of {logs / f'seed{seed}.log'}:")
+                    say("\n".join((logs / f"seed{seed}.log").read_text().splitlines()[-5:]))
+            progress.update(sum(path.is_file() for path in results) - progress.done)
+    return code
+
+
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     setting = load_setting(args.setting, args.set)
     from benchmarks.common import make_clock, start, write_json
@@ -250,7 +317,9 @@ def main(argv=None):
     data = {"latents": Latents, "pixels": Pixels}[setting.data](images, first, args.work, device)
     scores = Scores(device)
     if not (out / "real.json").is_file():
-        write_json(out / "real.json", device, setting=dataclasses.asdict(setting), **score_real(setting, data, images, scores))
+        write_json(out / "real.json", device, setting=dataclasses.asdict(setting), rows=score_real(setting, data, images, scores))
+    if args.jobs > 1:
+        return run_jobs(chosen, args, argv, work)
     with StopNotice() as notice:
         for arm, seed in chosen:
             path = out / f"{arm}-seed{seed}.json"
@@ -258,10 +327,10 @@ def main(argv=None):
                 check_same(path, setting)
                 say(f"{path} is there already")
                 continue
-            code, snapshots, net = train_arm(setting, arm, seed, data, scores, work, device, clock, notice)
+            code, snapshots, draw = train_arm(setting, arm, seed, data, scores, work, device, clock, notice)
             if code:
                 return code
-            record(setting, arm, seed, snapshots, net, data, scores, path, device)
+            record(setting, arm, seed, snapshots, draw, scores, path, device)
             say(f"{path}: FD {snapshots[-1]['fd']:.3f} after {snapshots[-1]['train_s']:.0f} s of training")
     return 0
 

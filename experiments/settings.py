@@ -17,10 +17,12 @@ class Setting:
     budget_arm: str = ""  # the arm whose budget_steps steps cost what every arm may spend
     budget_steps: int = 1000
     snapshots: int = 4  # evaluations of a run, equally far apart, the last at its end
-    samples: int = 10_000  # per evaluation, seeds 0, 1, ...
+    amp: str = "auto"  # auto: bf16 where the hardware multiplies it, else no (float32) | bf16 | fp16 | no
+    samples: int = 2_000  # per snapshot, and of the guided score at the end; seeds 0, 1, ...
+    final_samples: int = 10_000  # of the score at the end
     guided: float = 1.5  # guidance of the second score at the end
     grid_columns: int = 4  # pictures per class that a run keeps
-    config: dict = field(default_factory=dict)  # a training config, without the sections data, eval and log
+    config: dict = field(default_factory=dict)  # a training config, without the sections data, eval and log, and without amp
     arms: dict = field(default_factory=dict)  # name -> changes of config; title: in figures; start: [arm, share of its steps]
     costs: dict = field(default_factory=dict)  # see experiments/costs.py
 
@@ -49,6 +51,8 @@ def load_setting(name, overrides=()):
     if unknown:
         raise ValueError(f"{path.name}: unknown key {unknown[0]!r}; the keys are {', '.join(known[1:])}")
     setting = Setting(name, **values)
+    if setting.amp == "auto":
+        setting = dataclasses.replace(setting, amp=_best_amp())
     for arm in setting.arms:
         start = setting.start(arm)
         if start is not None and (start[0] not in setting.arms or setting.start(start[0]) or not 0 < start[1] < 1):
@@ -61,6 +65,13 @@ def load_setting(name, overrides=()):
     return setting
 
 
+def _best_amp():
+    from utils import distributed
+    from utils.precision import native_bf16
+
+    return "bf16" if native_bf16(distributed.device()) else "no"
+
+
 def arm_config(setting, arm, seed, **sections):
     """The checked training Config of one run; sections: more values, section by section."""
     from utils.config import from_dict
@@ -68,7 +79,8 @@ def arm_config(setting, arm, seed, **sections):
     if arm not in setting.arms:
         raise ValueError(f"--arms {arm}: wanted some of {', '.join(setting.arms)}")
     changes = {key: value for key, value in setting.arms[arm].items() if key not in ("title", "start", "seeds")}
-    return from_dict(setting.config, changes, {"train": {"seed": seed}}, sections)
+    amp = {"train": {"amp": setting.amp}, "sample": {"amp": setting.amp}}
+    return from_dict(setting.config, changes, amp, {"train": {"seed": seed}}, sections)
 
 
 # ---- FLOPs

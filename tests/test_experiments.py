@@ -11,11 +11,12 @@ import pytest
 from benchmarks.common import model_flops
 from experiments import analysis, figures, run
 from experiments.settings import arm_config, flops_of_steps, image_flops, load_setting, plan
+from utils.signals import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["budget_steps=8", "samples=20", "snapshots=4", "grid_columns=1", "config.model.depth=1", "config.model.width=16",
         "config.model.num_heads=2", "config.model.decoder_width=16", "config.model.decoder_num_heads=2", "config.train.batchsize=2",
-        "config.train.amp=no", "config.sample.num_steps=2", "config.sample.batchsize=10", "config.sample.amp=no"]
+        "config.sample.num_steps=2", "config.sample.batchsize=10", "config.sample.compile=false", "amp=no", "final_samples=30"]
 
 
 def test_crossing_is_on_the_straight_line_between_snapshots():
@@ -59,15 +60,13 @@ def write_images(folder, count=24):
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 def test_run_writes_traceable_results_and_skips_what_is_done(name, tmp_path, capsys):
-    data = write_images(tmp_path / "fashion-mnist")
-    command = ["--setting", name, "--arms", "unmasked", "masked-50", "tuned-const", "--seeds", "0", "--data", str(data),
-               "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--set", *TINY]
+    command = ["--arms", "unmasked", "masked-50", "tuned-const", "--seeds", "0", *command_of(tmp_path, name)]
     assert run.main(command) == 0
     paths = sorted((tmp_path / "out" / name).glob("*-seed0.json"))
     assert [path.name for path in paths] == ["masked-50-seed0.json", "tuned-const-seed0.json", "unmasked-seed0.json"]
     made = json.loads(paths[0].read_text())
     assert len(made["snapshots"]) == 4 and made["snapshots"][-1]["step"] == made["steps"]
-    assert {"device", "torch", "commit", "command", "config", "flops_per_image", "guided"} <= set(made)
+    assert {"device", "torch", "commit", "command", "config", "flops_per_image", "final", "guided"} <= set(made)
     assert all(np.isfinite(s["fd"]) and s["train_s"] > 0 for s in made["snapshots"])
 
     before = [path.read_bytes() for path in paths]
@@ -76,6 +75,66 @@ def test_run_writes_traceable_results_and_skips_what_is_done(name, tmp_path, cap
     assert [path.read_bytes() for path in paths] == before
     with pytest.raises(ValueError, match="another samples"):
         run.main([*command, "samples=30"])
+
+
+def command_of(tmp_path, name="cpu", folder="out"):
+    """Arguments of a tiny run on images of its own, made once."""
+    data = tmp_path / "fashion-mnist"
+    if not data.is_dir():
+        write_images(data)
+    return ["--setting", name, "--data", str(data), "--out", str(tmp_path / folder), "--work", str(tmp_path / f"work-{folder}"),
+            "--set", *TINY]
+
+
+def results_of(folder, name="cpu"):
+    """What the runs in a result folder found, without times and circumstances."""
+    found = {}
+    for path in sorted((folder / name).glob("*-seed*.json")):
+        made = json.loads(path.read_text())
+        snapshots = [{key: s[key] for key in ("step", "loss", "flops", "fd", "accuracy")} for s in made["snapshots"]]
+        found[path.stem] = snapshots, made["final"], made["guided"]
+    return found
+
+
+def test_stopped_experiment_goes_on_to_the_results_of_one_that_was_not(tmp_path, monkeypatch):
+    arms = ["--arms", "masked-50", "tuned-const", "--seeds", "0"]
+    assert run.main([*command_of(tmp_path, folder="whole"), *arms]) == 0
+
+    class StopAfterFive:
+        """A notice that comes before the sixth step, and only once: in the middle of the trunk, then of nothing."""
+
+        asked = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        @property
+        def requested(self):
+            StopAfterFive.asked += 1
+            return StopAfterFive.asked == 6
+
+    monkeypatch.setattr("utils.signals.StopNotice", StopAfterFive)
+    command = [*command_of(tmp_path, folder="stopped"), *arms]
+    assert run.main(command) == EXIT_STOPPED
+    assert not list((tmp_path / "stopped" / "cpu").glob("*-seed*.json"))
+    assert run.main(command) == 0
+    assert results_of(tmp_path / "stopped") == results_of(tmp_path / "whole")
+
+
+def test_jobs_give_the_results_of_one_process_and_pass_a_failure_on(tmp_path, capsys):
+    arms = ["--arms", "unmasked", "--seeds", "0", "1"]
+    assert run.main([*command_of(tmp_path, folder="one"), *arms]) == 0
+    command = [*command_of(tmp_path, folder="two"), *arms, "--jobs", "2"]
+    assert run.main(command) == 0
+    assert results_of(tmp_path / "two") == results_of(tmp_path / "one")
+    assert len(results_of(tmp_path / "two")) == 2
+    capsys.readouterr()
+    other = [text.replace("samples=20", "samples=10") for text in command]
+    assert run.main(other) == 2
+    assert "is of a setting with another samples" in capsys.readouterr().out
 
 
 def test_results_page_equals_the_stored_numbers():
