@@ -129,14 +129,18 @@ def step_time(config, gpu, num_gpus, optimizer="fused"):
     recomputed = 4 / 3 if train.activation_checkpointing else 1.0
     flops = recomputed * train.batchsize * model_flops(model, ratio, training=True)
     moved = recomputed * PASSES * train.batchsize * _activation_bytes(train, model, ratio)
-    mode = "graphs" if train.cuda_graphs else "compiled" if train.compile else "eager"
+    mode = "graphs" if train.cuda_graphs else "compiled" if _compiled(train) else "eager"
     kernels = blocks * KERNELS_PER_BLOCK[mode] * train.grad_accum + (750 if optimizer == "separate" else 50)
     return Estimate(flops / peak, moved / bandwidth, weights * OPTIMIZER_BYTES[optimizer] / bandwidth, kernels * LAUNCH_S,
                     exchange_time(weights, gpu, num_gpus))
 
 
+def _compiled(train):
+    return train.compile is not False  # auto compiles on all of these GPUs
+
+
 def _activation_bytes(train, model, ratio):
-    share = COMPILED_SHARE if train.compile else 1.0
+    share = COMPILED_SHARE if _compiled(train) else 1.0
     return activation_units(model, ratio) * ACTIVATION_BYTES[train.amp] * share
 
 
@@ -182,7 +186,7 @@ def paper_config(decoder, amp, batch):
     from utils.config import load_config
 
     return load_config(overrides=[f"model.use_decoder={decoder}", f"train.mask_ratio={0.5 if decoder else 0}",
-                                  f"train.amp={amp}", f"train.batchsize={batch // 8}"])
+                                  f"train.amp={amp}", f"train.batchsize={batch // 8}", "train.compile=false"])
 
 
 def paper_rows():

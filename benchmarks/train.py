@@ -1,6 +1,6 @@
 """Training steps per second: the plain path beside this project's, the same weights, batch and precision.
 
-    python -m benchmarks.train --sizes S/2 B/2 --amp bf16 no --compile --json benchmarks/results/train_cpu.json
+    python -m benchmarks.train --sizes S/2 B/2 --amp bf16 no --json benchmarks/results/train_cpu.json
 
 An arm is a whole step on stored moments: latents drawn, labels dropped, loss, backward, AdamW, EMA. `plain` is
 benchmarks/reference.py; `ours` is `utils.trainer.train_step`; `unmasked` and `dit` are `ours` without masking and without
@@ -49,7 +49,7 @@ def make_arm(config, arm, device):
     from benchmarks.reference import PlainTraining
     from models import sample_moments
     from utils.generation import build_model
-    from utils.precision import compile_options
+    from utils.precision import compile_options, use_compile
     from utils.trainer import TrainState, make_loss, train_step
 
     train, model = config.train, config.model
@@ -61,7 +61,7 @@ def make_arm(config, arm, device):
     if arm == "plain":
         training = PlainTraining(net, train, device)
         return lambda: training.step(sample_moments(moments, generator), labels, generator)
-    if train.compile:
+    if use_compile("train.compile", train.compile, device):
         net.compile_blocks(**compile_options(train, net.num_tokens))
     state = TrainState(net, config, device)
     loss = make_loss(train, net)

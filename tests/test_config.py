@@ -42,7 +42,10 @@ def test_unknown_key_in_a_file_is_refused(tmp_path):
     ("train.batchsize=true", "train.batchsize=True: wanted a whole number, got bool"),
     ("train.batchsize=null", "train.batchsize=None: wanted a whole number"),
     ("train.lr=fast", "train.lr='fast': wanted a number, got str"),
-    ("train.compile=1", "train.compile=1: wanted true or false, got int"),
+    ("train.compile=1", "train.compile=1: wanted one of auto, true, false"),
+    ("train.compile=gpu", "train.compile='gpu': wanted one of auto, true, false"),
+    ("train.compile=null", "train.compile=None: wanted one of auto, true, false"),
+    ("sample.compile=auto", "sample.compile='auto': wanted true or false, got str"),
     ("data.root=[1]", "data.root=[1]: wanted text, got list"),
     ("train.betas=[0.9]", "train.betas=[0.9]: wanted a list of 2 numbers"),
     ("train.betas=0.9", "train.betas=0.9: wanted a list of 2 numbers"),
@@ -64,6 +67,7 @@ def test_wrong_types_name_key_value_and_what_is_wanted(override, wanted):
     (["model.use_decoder=false"], "train.mask_ratio=0.5 needs the decoder"),
     (["train.token_multiple=0"], "train.token_multiple=0 must be above 0"),
     (["train.cuda_graphs=true"], "set train.compile=true too"),
+    (["train.cuda_graphs=true", "train.compile=false"], "set train.compile=true too"),
     (["train.cuda_graphs=true", "train.compile=true", "train.mask_ratio_fn=cosine4"], "set train.token_multiple=16"),
     (["train.cuda_graphs=true", "train.compile=true", "train.grad_accum=2"], "set train.grad_accum=1"),
     (["train.mask_ratio_fn=cos7"], "train.mask_ratio_fn='cos7': wanted one of constant, linear, exp, cosine2"),
@@ -90,6 +94,8 @@ def test_values_are_read_as_meant(tmp_path):
     config = load_config(write(tmp_path, "train:\n  amp: no\n  lr: 1e-4\n  betas: [0.8, 1]\nmodel:\n  depth: null\nlog:\n  exp_name: 7\n"),
                          ["sample.S_max=inf", "train.warmup_images=5"])
     assert config.train.amp == "no" and config.train.lr == 1e-4 and config.train.betas == (0.8, 1.0)
+    assert [load_config(None, [f"train.compile={word}"]).train.compile for word in ("auto", "true", "false", "True")] == ["auto", True, False, True]
+    assert load_config().train.compile == "auto" and load_config(write(tmp_path, "train: {compile: off}")).train.compile is False
     assert config.model.depth is None and config.log.exp_name == "7" and config.sample.S_max == float("inf")
 
 

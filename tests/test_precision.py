@@ -1,12 +1,12 @@
-"""Optimizer steps that skip what is not finite, in every precision."""
+"""Optimizer steps that skip what is not finite, in every precision; what is compiled where."""
 
 import pytest
 import torch
 
 from utils import precision
-from utils.precision import Stepper, autocast, effective_amp, native_bf16
+from utils.precision import Stepper, autocast, effective_amp, missing_for_compile, native_bf16, use_compile
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def make(scaled=False, **options):
@@ -112,3 +112,65 @@ def test_bf16_instructions_of_a_cpu_are_read_from_its_flags(text, wanted, tmp_pa
         path.write_text(f"model name\t: Some CPU\n{text}\n")
     monkeypatch.setattr(precision, "CPU_INFO", path)
     assert native_bf16(CPU) is wanted
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(programs, triton, capability): what there is to compile with, seemingly."""
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(precision.sys, "platform", "linux")
+
+    def set_up(programs=(), triton=True, capability=(9, 0)):
+        monkeypatch.setattr(precision.shutil, "which", lambda name: name if name in programs else None)
+        monkeypatch.setattr(precision.importlib.util, "find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla P100")
+
+    return set_up
+
+
+def test_auto_compiles_on_gpus_with_all_it_takes_and_never_on_a_cpu(machine):
+    machine({"gcc", "g++"})
+    assert use_compile("train.compile", "auto", GPU) is True and use_compile("train.compile", "auto", CPU) is False
+    for lacking in ({"programs": {"g++"}}, {"programs": {"gcc"}, "triton": False}, {"programs": {"gcc"}, "capability": (6, 0)}):
+        machine(**lacking)
+        assert use_compile("train.compile", "auto", GPU) is False
+
+
+def test_compiling_can_be_asked_for_and_switched_off_anywhere(machine):
+    machine({"gcc", "g++"})
+    assert [use_compile("train.compile", setting, device) for device in (CPU, GPU) for setting in (True, False)] == [True, False] * 2
+    machine()
+    assert use_compile("train.compile", False, CPU) is False
+
+
+@pytest.mark.parametrize("device, there, wanted", [
+    (CPU, {}, r"sample.compile=true needs a C\+\+ compiler \(g\+\+ is not there; the variable CXX names another\); set sample.compile=false"),
+    (GPU, {}, r"needs a C compiler \(gcc or clang is not there; the variable CC names another\)"),
+    (GPU, {"programs": {"gcc"}, "triton": False}, "needs the Python package triton; set"),
+    (GPU, {"programs": {"gcc"}, "capability": (6, 0)}, "needs a GPU of compute capability 7.0 or more, which Tesla P100 has not")])
+def test_what_is_missing_is_named(machine, device, there, wanted):
+    machine(**there)
+    with pytest.raises(ValueError, match=wanted):
+        use_compile("sample.compile", True, device)
+
+
+def test_variables_name_the_compilers_as_torch_and_triton_read_them(machine, monkeypatch):
+    machine({"clang", "/opt/c++"})
+    assert missing_for_compile(GPU) is None and "g++ is not there" in missing_for_compile(CPU)
+    monkeypatch.setenv("CXX", "/opt/c++")
+    monkeypatch.setenv("CC", "/nonexistent")
+    assert missing_for_compile(CPU) is None and "(/nonexistent is not there" in missing_for_compile(GPU)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_deterministic_kernels_are_asked_for_with_and_without_the_compiler(monkeypatch, compiled):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    try:
+        precision.setup_backends(tf32=False, deterministic=True, compiled=compiled)
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -253,3 +253,66 @@ def test_settings_of_the_optimizer_are_those_of_the_config_after_a_resume(latent
     other = make_state(train__weight_decay=0.5, train__betas="[0.8,0.9]")
     other.resume(torch.load(tmp_path / "checkpoints" / "0000012.pt", weights_only=True))
     assert other.optimizer.param_groups[0]["weight_decay"] == 0.5 and other.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+
+
+# ------------------------------------------------------------------------------------------------ compiled blocks
+
+@pytest.fixture
+def compile_with(monkeypatch):
+    """compile_with(backend): train.compile=auto compiles here as it does on a GPU, with another backend than inductor."""
+    def choose(backend):
+        monkeypatch.setattr("utils.trainer.use_compile", lambda key, setting, device: setting is not False)
+        monkeypatch.setattr("utils.trainer.compile_options", lambda train, num_tokens: {"backend": backend, "dynamic": True})
+        torch.compiler.reset()
+
+    yield choose
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
+
+
+def broken_compiler(graph, inputs):
+    raise RuntimeError("no such instruction\nand a page of details")
+
+
+def test_auto_goes_on_uncompiled_when_the_compiler_fails(latents, tmp_path, capsys, compile_with):
+    compile_with(broken_compiler)
+    state, plain = make_state(), make_state(train__compile=False)
+    assert fit(state, tmp_path / "auto", latents, encode, StopNotice()) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "torch.compile" in line]
+    assert len(said) == 1 and "no such instruction" in said[0] and "details" not in said[0]
+    fit(plain, tmp_path / "plain", latents, encode, StopNotice())
+    assert torch.equal(weights(state), weights(plain))  # the pass that failed has left nothing behind
+
+
+def test_a_failing_compiler_ends_a_run_that_asks_for_it(latents, tmp_path, compile_with):
+    compile_with(broken_compiler)
+    with pytest.raises(Exception, match="no such instruction"):
+        fit(make_state(train__compile=True), tmp_path, latents, encode, StopNotice())
+
+
+def test_memory_that_runs_out_is_an_error_also_under_auto(latents, tmp_path, compile_with):
+    def hungry(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    compile_with(lambda graph, inputs: hungry)
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(make_state(), tmp_path, latents, encode, StopNotice())
+
+
+def test_a_resumed_run_compiles_for_the_shapes_that_the_new_run_compiled_for(latents, tmp_path, compile_with):
+    """The mask schedule has changed the token count meanwhile, and kernels can depend on the count that the compiler sees first."""
+    seen = []
+
+    def record(graph, inputs):
+        seen.append([tuple(map(int, value.shape)) for value in inputs if isinstance(value, torch.Tensor)])
+        return graph
+
+    new, resumed = make_state(), make_state()
+    compile_with(record)
+    fit(new, tmp_path / "new", latents, encode, StopNotice())
+    shapes = seen[0]
+    compile_with(record)
+    seen.clear()
+    resumed.resume(torch.load(tmp_path / "new" / "checkpoints" / "0000008.pt", weights_only=True))
+    fit(resumed, tmp_path / "resumed", latents, encode, StopNotice())
+    assert seen[0] == shapes and torch.equal(weights(resumed), weights(new))

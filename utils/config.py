@@ -10,7 +10,7 @@ import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -65,8 +65,8 @@ class TrainConfig:
     ema_decay: float = 0.9999
     amp: str = "fp16"  # fp16 (with loss scaling) | bf16 | no; fp16 is for GPUs, a CPU runs float32 instead
     tf32: bool = True  # let float32 matrix products round their inputs to TF32 on GPUs
-    compile: bool = False  # torch.compile, block by block
-    cuda_graphs: bool = False  # with compile: replay each block's kernels as CUDA graphs, for small batches on fast GPUs
+    compile: Literal["auto", True, False] = "auto"  # torch.compile, block by block; auto: on GPUs where it is possible, never on a CPU
+    cuda_graphs: bool = False  # with compile=true: replay each block's kernels as CUDA graphs, for small batches on fast GPUs
     token_multiple: int = 1  # round the number of kept tokens to a multiple: few shapes, which CUDA graphs need (16)
     deterministic: bool = True  # deterministic GPU kernels, which bit-exact resume needs
     activation_checkpointing: bool = False  # less memory, a third more compute
@@ -105,7 +105,7 @@ class SampleConfig:
     scaling: str = "none"  # ablation only: vp | none
     batchsize: int = 50  # images sampled at once, per process
     amp: str = "no"  # precision of the network: no (float32) | bf16 | fp16
-    compile: bool = False
+    compile: bool = False  # torch.compile, block by block; pays for many images: the first ones wait for it
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,11 @@ def _coerce(key, value, wanted):
         if value is None:
             return None
         wanted = next(choice for choice in typing.get_args(wanted) if choice is not type(None))
+    if typing.get_origin(wanted) is Literal:
+        choices = typing.get_args(wanted)
+        if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 is not true
+            raise ValueError(f"{key}={value!r}: wanted one of {', '.join(str(choice).lower() for choice in choices)}")
+        return value
     if typing.get_origin(wanted) is tuple:
         parts = typing.get_args(wanted)
         if not isinstance(value, (list, tuple)) or len(value) != len(parts):
@@ -298,7 +303,7 @@ def _validate(config):
     if train.mask_ratio > 0 and not model.use_decoder:
         raise ValueError(f"train.mask_ratio={train.mask_ratio} needs the decoder that fills in removed patches, but "
                          f"model.use_decoder=false; set train.mask_ratio=0 or model.use_decoder=true")
-    if train.cuda_graphs and not train.compile:
+    if train.cuda_graphs and train.compile is not True:
         raise ValueError("train.cuda_graphs=true works on compiled blocks only; set train.compile=true too")
     if train.cuda_graphs and train.grad_accum > 1:
         raise ValueError(f"train.cuda_graphs=true replays into the memory that train.grad_accum={train.grad_accum} adds gradients up in; "

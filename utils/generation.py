@@ -16,7 +16,7 @@ from models.maskdit import SIZES
 from utils import distributed
 from utils.config import ModelConfig
 from utils.images import save_grid, to_uint8
-from utils.precision import DTYPES, autocast, effective_amp
+from utils.precision import DTYPES, autocast, effective_amp, use_compile
 
 
 class SeedStreams:
@@ -67,7 +67,7 @@ def prepare_network(net, config, device):
     amp = effective_amp(config.amp, device)
     if amp != "no":
         net.cast_layers(DTYPES[amp])
-    if config.compile:
+    if use_compile("sample.compile", config.compile, device):
         net.compile_blocks(dynamic=True)  # guided or not, and a smaller last batch: the same graphs
 
 

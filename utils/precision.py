@@ -1,7 +1,10 @@
-"""Number formats: autocast, loss scaling, TF32, determinism. The only file that sets them."""
+"""Number formats and what computes them: autocast, loss scaling, TF32, determinism, compiling. The only file that sets them."""
 
 import contextlib
+import importlib.util
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -31,19 +34,61 @@ def autocast(amp, device):
     return torch.autocast(device.type, dtype=DTYPES[amp])
 
 
-def setup_backends(tf32, deterministic):
+def setup_backends(tf32, deterministic, compiled=False):
     """Set the process-wide switches of a run, once, from its script.
 
     tf32: float32 matrix products on GPUs may round their inputs to TF32 (10 bits of mantissa).
     deterministic: GPU kernels whose result does not depend on thread order, which exact resume needs.
+    compiled: the run compiles blocks.
     """
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        if compiled:
+            torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler too
+        else:
+            torch.set_deterministic_debug_mode("warn")  # the same without loading the compiler, which takes seconds
         # True also fills every new tensor with NaN to catch reads of uninitialised memory: a debugging aid that costs a pass
         torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def use_compile(key, setting, device):
+    """Whether the config key `key`, set to True, False or "auto", means compiled blocks on `device`: depends on the machine alone.
+
+    "auto" compiles on GPUs that have what it takes; on a CPU the first step would wait for 20 to 50 s.
+    Raises ValueError naming what is missing if True cannot be done.
+    """
+    if setting == "auto":
+        return device.type == "cuda" and missing_for_compile(device) is None
+    missing = missing_for_compile(device) if setting else None
+    if missing is not None:
+        raise ValueError(f"{key}=true needs {missing}; set {key}=false to go without")
+    return setting
+
+
+def missing_for_compile(device):
+    """What torch.compile lacks here to make kernels for `device`, in words; None if nothing."""
+    if device.type == "cpu":
+        return _missing_compiler("C++", "CXX", ["clang++" if sys.platform == "darwin" else "g++"])
+    if importlib.util.find_spec("triton") is None:
+        return "the Python package triton"
+    if torch.cuda.get_device_capability(device) < (7, 0):
+        return f"a GPU of compute capability 7.0 or more, which {torch.cuda.get_device_name(device)} has not"
+    return _missing_compiler("C", "CC", ["gcc", "clang"])  # for what launches triton's kernels
+
+
+def _missing_compiler(language, variable, names):
+    """Look for the programs that torch and triton call."""
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"a {language} compiler ({' or '.join(names)} is not there; the variable {variable} names another)"
+
+
+def run_uncompiled():
+    """From now on blocks that were compiled run as they are."""
+    torch.compiler.set_stance("force_eager")
 
 
 def compile_options(train, num_tokens):

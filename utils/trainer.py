@@ -20,7 +20,7 @@ from utils.config import to_dict
 from utils.data import BatchStream
 from utils.ema import EMA
 from utils.logging import Progress, RunLog, format_seconds
-from utils.precision import Stepper, autocast, compile_options, effective_amp
+from utils.precision import Stepper, autocast, compile_options, effective_amp, run_uncompiled, use_compile
 from utils.schedules import learning_rate, mask_ratio
 from utils.signals import EXIT_STOPPED
 
@@ -111,6 +111,11 @@ class TrainState:
     def amp(self):
         """The number format in use: fp16, bf16 or no."""
         return effective_amp(self.config.train.amp, self.device)
+
+    @property
+    def compiled(self):
+        """Whether training starts with compiled blocks."""
+        return use_compile("train.compile", self.config.train.compile, self.device)
 
     @property
     def nbytes(self):
@@ -209,11 +214,12 @@ class _Run:
         state, train = self.state, self.state.config.train
         loss = make_loss(train, state.net)
         generator = torch.Generator(state.device)
-        if train.compile:
-            state.net.compile_blocks(**compile_options(train, state.net.num_tokens))
+        if state.compiled:
+            self._compile(loss)
         model = distributed.data_parallel(state.net, static_graph=train.grad_accum == 1)
         if model is not state.net:
-            _settle_buckets(state, model, loss)
+            # DDP lays its buckets out anew after the first pass, and the sums of three or more processes depend on the layout
+            _rehearse(state, model, loss)
         check_every = min(self.state.config.log.log_every, train.max_bad_steps)
         self.clock_step, self.clock_started = state.step, time.monotonic()
         with Progress(state.end_step, "train", "step", initial=state.step, every_s=None) as progress:
@@ -230,6 +236,24 @@ class _Run:
                 progress.update()
         self._save()
         return 0 if self._written() else 1
+
+    def _compile(self, loss):
+        """Compile the blocks, which happens when they first run; with train.compile=auto do without where the compiler fails."""
+        state, failure = self.state, None
+        state.net.compile_blocks(**compile_options(state.config.train, state.net.num_tokens))
+        try:
+            _rehearse(state, state.net, loss)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of any kind; one that is not the compiler's comes again in the first step
+            if state.config.train.compile != "auto":
+                raise
+            failure = " ".join(str(error).split("\n")[:2])  # which backend, and what it raised; then come pages
+        failures = [text for text in distributed.all_gather_object(failure) if text is not None]
+        if failures:
+            run_uncompiled()
+            state.optimizer.zero_grad(set_to_none=True)
+            self.log.say(f"going on without compiled blocks, because torch.compile failed ({failures[0]}); train.compile=true shows all of it")
 
     def _end_early(self, error, failed):
         self._save()
@@ -326,11 +350,11 @@ class _Run:
         return not distributed.any_rank(failed)
 
 
-def _settle_buckets(state, model, loss):
-    """Run one pass through DistributedDataParallel and throw its gradients away.
+def _rehearse(state, model, loss):
+    """Run one pass on zeros and throw its gradients away.
 
-    DDP lays its buckets out anew after the first pass, and the sums of three or more processes depend on the layout. With this
-    pass before the first step, of a new run and of a resumed one alike, no step depends on when the run was started.
+    What is settled in the first pass (DDP's buckets, kernels compiled for the first shapes) is then the same in a new run and
+    in a resumed one: no step depends on where the run was started.
     """
     net, train = state.net, state.config.train
     latents = torch.zeros(train.batchsize // train.grad_accum, net.in_channels, net.in_size, net.in_size, device=state.device)

@@ -82,10 +82,11 @@ def train(config, args, open_dataset, make_encode):
 
     with StopNotice() as notice:  # before the slow imports: who is asked to stop meanwhile stops before the first step
         from utils import distributed
-        from utils.precision import setup_backends
+        from utils.precision import setup_backends, use_compile
 
         distributed.init(config.train.timeout_s)
-        setup_backends(config.train.tf32, config.train.deterministic)
+        compiled = use_compile("train.compile", config.train.compile, distributed.device())
+        setup_backends(config.train.tf32, config.train.deterministic, compiled)
         code = _train(config, args, open_dataset, make_encode, notice)
         distributed.shutdown()
     return code
@@ -201,7 +202,7 @@ def _describe(state, dataset, folder):
     parameters = sum(p.numel() for p in state.net.parameters())
     say(f"{folder}: {state.config.model.model_type}, {parameters / 1e6:.1f}M parameters, {len(dataset):,} samples of {dataset.name}")
     say(f"{distributed.world_size()} process(es) on {state.device.type}, {train.batchsize} images each per step in {train.grad_accum} "
-        f"round(s), precision {state.amp}, steps {state.step} to {state.end_step}")
+        f"round(s), precision {state.amp}, blocks {'compiled' if state.compiled else 'not compiled'}, steps {state.step} to {state.end_step}")
 
 
 # ------------------------------------------------------------------------------------------------ pictures and numbers on the way
