@@ -3,7 +3,8 @@
     python -m benchmarks.optimizer --model DiT-S/2 --json benchmarks/results/optimizer.json
 
 All arms work on their own copy of the same weights and gradients. GB/s counts the bytes that the arithmetic needs: 28 per weight for
-AdamW (weight, gradient and two moments read; weight and moments written), 12 for EMA.
+AdamW (weight, gradient and two moments read; weight and moments written), 12 for EMA. `memory` is what no arm can better: the EMA
+of two single tensors with as many numbers; `of memory` is the share of its GB/s.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from benchmarks.common import add_common_arguments, alternate, print_table, spee
 from utils.cli import run
 
 BYTES = {"AdamW": 28, "EMA": 12}
-COLUMNS = ("update", "arm", "ms", "GB/s", "x plain")
+COLUMNS = ("update", "arm", "ms", "GB/s", "of memory", "x plain")
 
 
 def parse_arguments(argv=None):
@@ -42,9 +43,12 @@ def make_arms(config, device):
         for parameter in net.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.randn(parameter.shape, generator=generator, device=device)
+    weights = sum(p.numel() for p in plain.net.parameters())
+    average, source = torch.zeros(weights, device=device), torch.ones(weights, device=device)
     arms = {("AdamW", "plain"): plain.optimizer.step, ("AdamW", "ours"): state.optimizer.step,
-            ("EMA", "plain"): plain.update_ema, ("EMA", "ours"): state.ema.update}
-    return arms, sum(p.numel() for p in plain.net.parameters())
+            ("EMA", "plain"): plain.update_ema, ("EMA", "ours"): state.ema.update,
+            ("EMA", "memory"): lambda: average.lerp_(source, 1 - config.train.ema_decay)}
+    return arms, weights
 
 
 def main():
@@ -54,12 +58,12 @@ def main():
     device = start(args)
     arms, weights = make_arms(load_config(overrides=[f"model.model_type={args.model}", *args.set]), device)
     measured = alternate(arms, args, device)
-    rows = []
-    for update, arm in arms:
-        seconds = spread(measured[update, arm]["seconds"])
-        rows.append({"update": update, "arm": arm, "ms": {key: 1000 * value for key, value in seconds.items()},
-                     "GB/s": BYTES[update] * weights / 1e9 / seconds["median"],
-                     "x plain": speedup(measured, (update, "plain"), (update, arm)) if arm != "plain" else None})
+    seconds = {name: spread(entry["seconds"]) for name, entry in measured.items()}
+    speed = {name: BYTES[name[0]] * weights / 1e9 / value["median"] for name, value in seconds.items()}
+    rows = [{"update": update, "arm": arm, "ms": {key: 1000 * value for key, value in seconds[update, arm].items()},
+             "GB/s": speed[update, arm], "of memory": speed[update, arm] / speed["EMA", "memory"],
+             "x plain": speedup(measured, (update, "plain"), (update, arm)) if arm != "plain" else None}
+            for update, arm in arms]
     print_table(rows, COLUMNS)
     write_json(args.json, device, model=args.model, weights=weights, rows=rows)
 

@@ -30,3 +30,15 @@ def test_frozen_parameters_stay_bit_for_bit():
     for _ in range(50):
         ema.update()
     assert torch.equal(ema.net.weight, net.weight)  # w + 0.0001 (w - w): no rounding creeps in
+
+
+def test_averages_lie_together_in_memory_and_are_ordinary_parameters_otherwise():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False))
+    ema = EMA(net, 0.5)
+    assert len({p.untyped_storage().data_ptr() for p in ema.net.parameters()}) == 1
+    assert {name: p.shape for name, p in ema.net.named_parameters()} == {name: p.shape for name, p in net.named_parameters()}
+    assert all(p.is_contiguous() and isinstance(p, torch.nn.Parameter) for p in ema.net.parameters())
+    net[0].weight.data.zero_()
+    other = net[1].weight.detach().clone()
+    ema.net.load_state_dict(net.state_dict())
+    assert torch.equal(ema.net[0].weight, torch.zeros(4, 3)) and torch.equal(ema.net[1].weight, other)
