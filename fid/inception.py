@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch.nn import functional as F
 
+from fid import winograd
 from utils import distributed
 
 DEFAULT_WEIGHTS = "assets/pt_inception-2015-12-05-6726825d.pth"
@@ -24,7 +25,13 @@ SPATIAL_CHANNELS = 7
 SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 NUM_CLASSES = 1008
 BN_EPS = 1e-3
-CPU_CHUNK = 16  # images at a time: fewer leave the fast convolutions unused, more fall out of the processor's cache
+# Images at a time on a processor: fewer leave the fast convolutions unused, more fall out of its cache, and arrays above 32 MiB
+# are given back to the system and cleared anew at every step. The first layers have the large maps.
+CPU_CHUNK, CPU_STEM_CHUNK = 16, 2
+# Stride-1 3x3 convolutions with so many channels that Winograd's form is faster on processors.
+WINOGRAD = ("Conv2d_4a_3x3", "Mixed_5b.branch3x3dbl_2", "Mixed_5b.branch3x3dbl_3", "Mixed_5c.branch3x3dbl_2", "Mixed_5c.branch3x3dbl_3",
+            "Mixed_5d.branch3x3dbl_2", "Mixed_5d.branch3x3dbl_3", "Mixed_6a.branch3x3dbl_2", "Mixed_7b.branch3x3dbl_2",
+            "Mixed_7c.branch3x3dbl_2")
 
 
 def convolution_shapes():
@@ -92,9 +99,9 @@ def resize_tf1(images, size=INPUT_SIZE):
     y0, y1, wy = _taps(images.shape[1], size, images.device)
     x0, x1, wx = _taps(images.shape[2], size, images.device)
     images = images.float()
-    left, right = images[:, :, x0], images[:, :, x1]
+    left, right = images.index_select(2, x0), images.index_select(2, x1)
     rows = torch.addcmul(left, right.sub_(left), wx[:, None])  # (B, H, size, C)
-    top, bottom = rows[:, y0], rows[:, y1]
+    top, bottom = rows.index_select(1, y0), rows.index_select(1, y1)
     return torch.addcmul(top, bottom.sub_(top), wy[:, None, None])
 
 
@@ -207,6 +214,8 @@ class FeatureExtractor:
         state, self.weights_sha256 = load_weights(weights)
         self.device = torch.device(device if device is not None else distributed.device())
         self._convolutions = {name: self._place(*_fold(state, name)) for name in convolution_shapes()}
+        on_cpu = self.device.type == "cpu"
+        self._winograd = {name: winograd.transform_weight(self._convolutions[name][0]) for name in WINOGRAD if on_cpu}
         self.class_weight = state["fc.weight"].float().to(self.device)  # (1008, 2048); IS uses no bias
 
     def _place(self, weight, bias):
@@ -217,13 +226,12 @@ class FeatureExtractor:
         """images: (B, H, W, 3) uint8, numpy or torch. Returns float32 pool (B, 2048) and spatial (B, 2023) on the device."""
         check_images(images)
         images = torch.as_tensor(images)
-        parts = images.split(CPU_CHUNK if self.device.type == "cpu" else max(1, len(images)))
         with full_precision(self.device):
-            pool, spatial = zip(*(self._features(part.to(self.device, non_blocking=True)) for part in parts))
+            if self.device.type != "cpu":
+                return self._trunk(self._stem(images.to(self.device, non_blocking=True)))
+            pool, spatial = zip(*(self._trunk(torch.cat([self._stem(few) for few in part.split(CPU_STEM_CHUNK)]))
+                                  for part in images.split(CPU_CHUNK)))
         return torch.cat(pool), torch.cat(spatial)
-
-    def _features(self, images):
-        return self._trunk(resize_tf1(images).sub_(128).div_(128).permute(0, 3, 1, 2))  # NCHW view of channels-last memory
 
     @torch.no_grad()
     def logits(self, pool):
@@ -234,6 +242,8 @@ class FeatureExtractor:
     def _convolve(self, name, x, stride=1, same=True):
         """Convolution with its folded BatchNorm, before the ReLU; `same` pads so that stride 1 keeps the size."""
         weight, bias = self._convolutions[name]
+        if name in self._winograd:
+            return winograd.convolve(x, self._winograd[name], bias, padding=int(same))
         padding = (weight.shape[2] // 2, weight.shape[3] // 2) if same else 0
         return F.conv2d(x, weight, bias, stride, padding)
 
@@ -253,14 +263,19 @@ class FeatureExtractor:
             x = self._conv(name, x)
         return x
 
-    def _trunk(self, x):
+    def _stem(self, images):
+        """images: (B, H, W, 3) uint8 on the device. Returns the first layers' output (B, 192, 35, 35)."""
+        x = resize_tf1(images).sub_(128).div_(128).permute(0, 3, 1, 2)  # NCHW view of channels-last memory
         x = self._conv("Conv2d_1a_3x3", x, stride=2, same=False)       # (B, 32, 149, 149)
         x = self._conv("Conv2d_2a_3x3", x, same=False)                 # (B, 32, 147, 147)
         x = self._convolve("Conv2d_2b_3x3", x)                           # (B, 64, 147, 147)
         x = F.max_pool2d(x, 3, stride=2).relu_()                       # (B, 64, 73, 73), the ReLU on the smaller map
         x = self._conv("Conv2d_3b_1x1", x)                             # (B, 80, 73, 73)
         x = self._convolve("Conv2d_4a_3x3", x, same=False)               # (B, 192, 71, 71)
-        x = F.max_pool2d(x, 3, stride=2).relu_()                       # (B, 192, 35, 35)
+        return F.max_pool2d(x, 3, stride=2).relu_()                    # (B, 192, 35, 35)
+
+    def _trunk(self, x):
+        """x: what _stem returns. Returns pool (B, 2048) and spatial (B, 2023)."""
         for name in ("Mixed_5b", "Mixed_5c", "Mixed_5d"):
             x = self._block_35(name, x)                                # (B, 256 then 288, 35, 35)
         x = self._reduce_35("Mixed_6a", x)                             # (B, 768, 17, 17)
