@@ -20,15 +20,15 @@ def add_common_arguments(parser, rounds):
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
 
 
-def start(args):
-    """The device to measure on; sets the process up as the training scripts do."""
+def start(args, tf32=True):
+    """The device to measure on; sets the process up as the training scripts do, or without TF32 as generate.py does."""
     import torch
 
     from utils import distributed
     from utils.precision import setup_backends
 
     torch.set_num_threads(args.threads)
-    setup_backends(tf32=True, deterministic=False)
+    setup_backends(tf32, deterministic=False)
     return distributed.device()
 
 

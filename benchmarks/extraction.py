@@ -1,6 +1,6 @@
 """Where the time of encoding images goes: decoding, the VAE, storing.
 
-    python3 benchmarks/extraction.py --json benchmarks/results/extraction.json
+    python -m benchmarks.extraction --json benchmarks/results/extraction.json
 
 Synthetic 500x375 JPEG photographs, 256 px latents, a VAE of Stable Diffusion's shape with random weights. Rates of decoding and storing
 are per second of processor time, so that they are the rate of one core whatever else runs; the profile is a real extraction.
@@ -8,17 +8,14 @@ are per second of processor time, so that they are the rate of one core whatever
 
 import argparse
 import json
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from utils.cli import run  # noqa: E402  (the project root has to be on the path first)
+from benchmarks.common import write_json
+from utils.cli import run
 
 RESOLUTION = 256
 H100_FLOPS = 790e12  # bf16 matrix products, measured on one H100; convolutions reach a part of it
@@ -139,7 +136,7 @@ def profile(folder, dest, count):
 
 def main():
     args = parse_arguments()
-    import torch
+    from utils import distributed
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -157,12 +154,9 @@ def main():
                 "encoder_GFLOP_per_image": round(encoder_flops() / 1e9), "images_per_second": round(vae_rate),
                 "cores that decode for it": round(vae_rate / decoding, 1), "the same with xflip": round(vae_rate / 2 / decoding, 1),
                 "share of one core that stores for it": round(vae_rate / storing, 3)},
-            "machine": {"system": platform.system(), "python": platform.python_version(), "torch": torch.__version__},
         }
     print(json.dumps(report, indent=1))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.json, distributed.device(), **report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Samples per second of the data loader beside the published way, on the same synthetic latents.
 
-    python3 benchmarks/loader.py --json benchmarks/results/loader.json
+    python -m benchmarks.loader --json benchmarks/results/loader.json
 
 Published way: LMDB, one float32 sample at a time, one-hot float labels, collated by DataLoader. Ours: `utils.data`, batched reads
 of memory-mapped shards, integer labels. The arms take turns, epoch by epoch, so that whatever else the machine does hits them
@@ -9,17 +9,14 @@ alike. "In process" arms are timed in processor time, which other programs distu
 
 import argparse
 import json
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from utils.cli import run  # noqa: E402  (the project root has to be on the path first)
+from benchmarks.common import write_json
+from utils.cli import run
 
 SHAPE, NUM_CLASSES, BATCH = (8, 32, 32), 1000, 128
 NEEDED = {"XL/2": 1175, "S/2": 6000}  # samples/s that one H100 can train on: roofline of XL/2, best case of S/2
@@ -179,7 +176,6 @@ def judge(results):
 
 def main():
     args = parse_arguments()
-    import numpy
     import torch
 
     torch.set_num_threads(1)
@@ -187,13 +183,9 @@ def main():
         write_sets(Path(folder), args.samples)
         results = measure(Path(folder), args.samples, args.rounds)
     report = {"samples": args.samples, "shape": SHAPE, "batch": BATCH, "rounds": args.rounds, "samples_per_second": results,
-              "judgement": judge(results),
-              "machine": {"processor": platform.processor() or platform.machine(), "system": platform.system(),
-                          "python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}}
+              "judgement": judge(results)}
     print(json.dumps(report, indent=1))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.json, torch.device("cpu"), **report)
 
 
 if __name__ == "__main__":

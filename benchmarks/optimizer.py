@@ -19,7 +19,7 @@ COLUMNS = ("update", "arm", "ms", "GB/s", "of memory", "x plain")
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="DiT-S/2")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
     add_common_arguments(parser, rounds=11)
     return parser.parse_args(argv)
 

@@ -1,6 +1,7 @@
 """Bars of training speed and memory, as in the paper's figures, from the JSON files of benchmarks/train.py.
 
     python -m benchmarks.plot benchmarks/results/train_cpu_arms.json        # draws train_cpu_arms.png beside it
+    python -m benchmarks.plot A.json B.json --output both.png               # one picture of several files of one device
 
 One group of bars per model, precision and batch, one bar per arm: median, with lines from the slowest to the fastest round. Memory is
 drawn where it was measured, on GPUs.
@@ -19,6 +20,7 @@ TITLES = {"plain": "plain path", "ours": "half masked", "compiled": "half masked
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path, metavar="JSON", help="files written by python -m benchmarks.train --json")
+    parser.add_argument("--output", type=Path, metavar="PNG", help="draw all files as one picture, where arms of the same case stand together")
     return parser.parse_args(argv)
 
 
@@ -82,10 +84,18 @@ def draw(rows, device, path):
 
 
 def main():
-    for file in parse_arguments().files:
-        rows, device = read_rows(file)
-        draw(rows, device, file.with_suffix(".png"))
-        print(file.with_suffix(".png"))
+    args = parse_arguments()
+    found = {file: read_rows(file) for file in args.files}
+    if args.output is None:
+        pictures = {file.with_suffix(".png"): content for file, content in found.items()}
+    else:
+        devices = {device for _, device in found.values()}
+        if len(devices) > 1:
+            raise ValueError(f"these files are of different devices, which one picture cannot compare: {', '.join(sorted(devices))}")
+        pictures = {args.output: ([row for rows, _ in found.values() for row in rows], devices.pop())}
+    for path, (rows, device) in pictures.items():
+        draw(rows, device, path)
+        print(path)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--batchsize", nargs="+", type=int, default=[4])
     parser.add_argument("--in_size", type=int, default=32, help="of the latents: 32 for 256 pixels, 64 for 512 (default 32)")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
     add_common_arguments(parser, rounds=3)
     return parser.parse_args(argv)
 
@@ -118,7 +118,7 @@ def measure_case(args, size, amp, steps, cfg_scale, batch, device):
 
 def main():
     args = parse_arguments()
-    device = start(args)
+    device = start(args, tf32=False)
     rows = []
     for case in itertools.product(args.sizes, args.amp, args.num_steps, args.cfg_scale, args.batchsize):
         found = measure_case(args, *case, device)

@@ -42,7 +42,7 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
     parser.add_argument("--config", type=Path, default=ROOT / "configs/demo/fashion-mnist.yaml", help="of the training run (default: the demo's)")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
     parser.add_argument("--compile", action="store_true", help="train and sample with compiled blocks too")
     add_common_arguments(parser, rounds=7)
     return parser.parse_args(argv)
@@ -71,10 +71,11 @@ def training_arms(args, folder):
     moments = {"first step": "step 1/", "last step": f"step {NUM_STEPS}/"}
     arms = {}
     for name, cache, fresh in _modes(args, folder):
+        results = "eager" if cache is None else "compiled"  # one folder for both compiled runs: checkpoints can be large
         arguments = ["train_latent.py", "--config", str(args.config), *args.set, f"data.root={folder / 'latents'}", "data.xflip=false",
-                     f"log.results_dir={folder}", f"log.exp_name={name}", f"train.max_num_steps={NUM_STEPS}", "log.log_every=1",
+                     f"log.results_dir={folder}", f"log.exp_name={results}", f"train.max_num_steps={NUM_STEPS}", "log.log_every=1",
                      "log.sample_every=0", f"train.compile={cache is not None}"]
-        arms[f"train_latent.py, {name}"] = Arm(arguments, moments, cache, (folder / name, *fresh))
+        arms[f"train_latent.py, {name}"] = Arm(arguments, moments, cache, (folder / results, *fresh))
     return arms
 
 

@@ -3,11 +3,13 @@
     python -m benchmarks.train --sizes S/2 B/2 --amp bf16 no --json benchmarks/results/train_cpu.json
 
 An arm is a whole step on stored moments: latents drawn, labels dropped, loss, backward, AdamW, EMA. `plain` is
-benchmarks/reference.py; `ours` is `utils.trainer.train_step`; `unmasked` and `dit` are `ours` without masking and without
-masking and decoder (the paper's baseline). Utilisation is model FLOPs over time over the best matrix product of the same run.
+benchmarks/reference.py; `ours` is `utils.trainer.train_step`; `compiled` with compiled blocks, as on a GPU by itself; `unmasked` and
+`dit` are `ours` without masking and without masking and decoder (the paper's baseline), compiled with --set train.compile=true. All arms
+are in memory together: on a GPU that is too small for that, give fewer. Utilisation is model FLOPs over time over the best matrix product of the same run.
 """
 
 import argparse
+import gc
 import itertools
 
 from benchmarks.common import (add_common_arguments, alternate, gemm_arm, model_flops, print_table, speedup, spread,
@@ -27,7 +29,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--in_size", type=int, default=32, help="of the latents: 32 for 256 pixels, 64 for 512 (default 32)")
     parser.add_argument("--arms", nargs="+", default=["plain", "ours", "compiled"], choices=ARMS)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all arms but plain")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
     add_common_arguments(parser, rounds=5)
     return parser.parse_args(argv)
 
@@ -70,6 +72,7 @@ def make_arm(config, arm, device):
 
 def measure_case(args, size, ratio, amp, batch, device):
     """Table rows of one size, mask ratio, precision and batch: all its arms, and the matrix product, in turn."""
+    gc.collect()  # the last case's networks, whose memory this one may need: they refer to themselves
     configs = {arm: case_config(args, size, ratio, amp, batch, arm) for arm in args.arms}
     product, product_flops = gemm_arm(device, amp)
     steps, weights_bytes = {}, {}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure everything that wants a GPU, in about half an hour on one H100: numbers as JSON and pictures in benchmarks/results/gpu.
+# Measure everything that wants a GPU, in about an hour on one H100: numbers as JSON and pictures in benchmarks/results/gpu.
 #     bash scripts/gpu_benchmarks.sh
 # What has its JSON already is not measured again. A part that fails is named at the end, and the others run.
 set -uo pipefail
@@ -21,17 +21,25 @@ measure() {  # NAME MODULE [arguments]
     "$PYTHON" -m "benchmarks.$module" "$@" --json "$out/$name.json" || failed+=("$name")
 }
 
-measure train_xl2 train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms plain ours compiled unmasked dit --rounds 10
-measure train_xl2_512px train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms ours compiled unmasked dit --rounds 10
-measure train_s2 train --sizes S/2 --amp bf16 --batchsize 256 --arms plain ours compiled --rounds 20
+# Two arms at a time: each holds 12 GB of weights and moments, and unmasked activations at batch 128 are 38 GB compiled, 57 eager.
+measure train_xl2_plain train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms plain ours --rounds 10
+measure train_xl2_masked train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms compiled unmasked --rounds 10 --set train.compile=true
+measure train_xl2_dit train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms compiled dit --rounds 10 --set train.compile=true
+measure train_xl2_512px_masked train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms compiled unmasked --rounds 10 --set train.compile=true
+measure train_xl2_512px_dit train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms compiled dit --rounds 10 --set train.compile=true
+measure train_s2 train --sizes S/2 --amp bf16 fp16 --batchsize 256 --arms plain ours compiled --rounds 20
 measure train_xl2_graphs train --sizes XL/2 --amp bf16 --batchsize 32 --arms compiled --rounds 20 --set train.cuda_graphs=true
 measure train_xl2_checkpointing train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms ours --checkpointing --rounds 10
 measure sample_xl2 sample --sizes XL/2 --amp no bf16 --num_steps 40 --batchsize 32 --rounds 2 --warmup 1
 measure optimizer optimizer --model DiT-XL/2 --rounds 20
 measure checkpoint_stall checkpoint_stall --rounds 3 --warmup 1
+measure startup startup
+measure startup_xl2 startup --arms train generate --compile --config configs/train/maskdit-latent-imagenet.yaml --set train.batchsize=32 --rounds 3 --warmup 0
 measure fid fid
 measure loader loader
-"$PYTHON" -m benchmarks.plot "$out"/train_*.json || failed+=(plot)
+"$PYTHON" -m benchmarks.plot "$out"/train_xl2_{plain,masked,dit}.json --output "$out/train_xl2.png" || failed+=(plot)
+"$PYTHON" -m benchmarks.plot "$out"/train_xl2_512px_{masked,dit}.json --output "$out/train_xl2_512px.png" || failed+=(plot_512px)
+"$PYTHON" -m benchmarks.plot "$out"/train_s2.json || failed+=(plot_s2)
 "$PYTHON" -m experiments.run --setting gpu && "$PYTHON" -m experiments.costs --setting gpu || failed+=(experiments)
 
 if ((${#failed[@]})); then

@@ -36,6 +36,18 @@ def test_memory_is_drawn_where_it_was_measured(tmp_path, monkeypatch, memory, wi
         assert (picture.width > 2 * picture.height) == wide
 
 
+def test_files_of_one_device_can_share_a_picture(tmp_path, monkeypatch):
+    files = [write(tmp_path / f"{arm}.json", [row(arm, (2, 1, 3))]) for arm in ("ours", "dit")]
+    drawn = []
+    monkeypatch.setattr(plot, "draw", lambda rows, device, path: drawn.append(([row["arm"] for row in rows], device, path)))
+    monkeypatch.setattr("sys.argv", ["plot", *map(str, files), "--output", str(tmp_path / "both.png")])
+    plot.main()
+    assert drawn == [(["ours", "dit"], "CPU", tmp_path / "both.png")]
+    files[0].write_text(files[0].read_text().replace("CPU", "GPU"))
+    with pytest.raises(ValueError, match="different devices, which one picture cannot compare: CPU, GPU"):
+        plot.main()
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": [], "device": "CPU"}', '{"rows": [{"model": 1}], "device": "CPU"}'])
 def test_other_files_are_refused_by_name(tmp_path, content):
     (tmp_path / "other.json").write_text(content)
