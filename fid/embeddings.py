@@ -105,8 +105,8 @@ class Classifier:
             raise FileNotFoundError(f"{path} not found; train it with `python scripts/train_demo_classifier.py`")
         state = inception.read_tensors(path)
         self.device = torch.device(device)
-        self.net = ClassifierNet(len(state["head.bias"])).to(device).eval()
-        self.net.load_state_dict(state)
+        self.net = ClassifierNet(len(state.get("head.bias", ()))).to(device).eval()
+        _load_strictly(self.net, state, path)
         self.settings = {"resize": "none", "weights_sha256": inception.hash_file(path)}
 
     @torch.no_grad()
@@ -178,5 +178,5 @@ def _load_strictly(model, state, path):
              if key not in own or key not in state or own[key].shape != state[key].shape]
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} tensors do not fit the model, the first is {sorted(wrong)[0]}; "
-                         "give a plain state dict of exactly this timm model")
+                         "give a plain state dict of exactly this model")
     model.load_state_dict(state)

@@ -157,6 +157,7 @@ class Evaluator:
         self.reference = reference if isinstance(reference, Reference) else Reference(reference)
         name = embedding if isinstance(embedding, str) else embedding.name
         self.metrics, self.skipped = choose_metrics(metrics, name, self.reference)
+        check_counts(self.metrics, interval, num_images, self.reference)
         self.embedding = make_embedding(embedding, weights, device) if isinstance(embedding, str) else embedding
         check_stored(self.reference, self.embedding)
         self.num_images, self.interval, self.batch_size, self.seed = num_images, interval, batch_size, seed
@@ -298,6 +299,19 @@ def choose_metrics(wanted, embedding_name, reference):
         if metric in obstacles:
             raise ValueError(f"metrics: {metric} {obstacles[metric]}")
     return tuple(wanted), {}
+
+
+def check_counts(metrics, interval_wanted, num_images, reference):
+    """Raise ValueError if there are too few samples (num_images, None if unknown) or reference images to compute anything."""
+    needs = {metric: 2 for metric in metrics} | {metric: NEIGHBOURS + 1 for metric in ("precision", "recall") if metric in metrics}
+    compared = len(reference.images) if reference.images is not None else None
+    for metric, least in needs.items():
+        from_images = metric in NEEDS_IMAGES or metric in ("fid", "sfid") and reference.stored is None
+        for what, count in (("samples", num_images), (f"reference images in {reference.name}", compared if from_images else None)):
+            if count is not None and count < least:
+                raise ValueError(f"{metric}: {count} {what}, wanted at least {least} (and thousands for a number that can be believed)")
+    if interval_wanted and num_images is not None and num_images < 2 * interval.GROUPS:
+        raise ValueError(f"interval: {num_images} samples, wanted at least {2 * interval.GROUPS}")
 
 
 def check_stored(reference, embedding):

@@ -7,10 +7,8 @@ The graph is the 2015-12-05 Inception of Szegedy et al. 2016 (arXiv 1512.00567) 
 import contextlib
 import hashlib
 import os
-import pickle
 
 import torch
-from safetensors import SafetensorError
 from torch.nn import functional as F
 
 from fid import winograd
@@ -164,10 +162,14 @@ def read_tensors(path):
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError) as error:
-        raise ValueError(f"{path}: not a file of plain tensors ({str(error).splitlines()[0]}); "
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # in bytes that are no torch file the reader can stumble over anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{path}: not a file of plain tensors ({type(error).__name__}: {reason[:120]}); "
                          "was the download cut short, or is it a pickled network?") from None
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path}: not a plain state dict (name -> tensor); save the network's state_dict() alone")
+    return state
 
 
 def hash_tensors(state):

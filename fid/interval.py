@@ -5,10 +5,11 @@ import torch
 
 from fid import metrics
 
+GROUPS = 20
 STUDENT_T_95 = {5: 2.776, 10: 2.262, 20: 2.093, 40: 2.023}  # two-sided 95 % quantiles, by number of groups
 
 
-def jackknife_interval(reference, pool, groups=20, seed=0):
+def jackknife_interval(reference, pool, groups=GROUPS, seed=0):
     """95 % interval of the Frechet distance at this number of samples, over which samples were drawn.
 
     reference: (mu, sigma). pool: sample features (N, d). The samples are dealt into `groups` random groups, each is left

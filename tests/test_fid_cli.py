@@ -152,3 +152,36 @@ def test_whole_command_with_a_real_network(tmp_path):
                            tmp_path / "weights.pth"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("FID", "sFID", "IS", "precision", "recall", "too few", "not the published ones"))
+
+
+@pytest.mark.parametrize("options, message", [
+    (("--seed", -1), "--seed is -1, wanted 0 or more"),
+    (("--json", "folder"), "--json folder is a folder"),
+    (("--json", "samples.npz/out.json"), "--json samples.npz/out.json: its folder cannot be made"),
+    (("--neighbours", "folder"), "--neighbours folder is a folder"),
+    (("--interval",), "interval: 30 samples, wanted at least 40"),
+    (("--num", 3), "precision: 3 samples, wanted at least 4"),
+    (("--num", 1, "--metrics", "fid"), "fid: 1 samples, wanted at least 2"),
+    (("--ref", "three.npz"), "precision: 3 reference images in three.npz, wanted at least 4"),
+])
+def test_what_cannot_end_well_is_told_before_any_work(run, monkeypatch, options, message):
+    monkeypatch.setattr(evaluate, "add_all", lambda *args: pytest.fail("work began"))
+    Path("folder").mkdir()
+    np.savez("three.npz", arr_0=random_images(3, 8, 8).numpy())
+    with pytest.raises(ValueError, match=message):
+        run("calc", "--images", "samples.npz", "--ref", "real.npz", *options)
+
+
+@pytest.mark.parametrize("dest, message", [
+    ("real.npz", "--dest real.npz is the data set itself"),
+    ("out/ref", "--dest out/ref has to end with .npz"),
+    ("folder.npz", "--dest folder.npz is a folder"),
+    ("samples.npz/ref.npz", "its folder cannot be made"),
+])
+def test_places_where_a_reference_cannot_go_are_told_before_any_work(run, monkeypatch, dest, message):
+    monkeypatch.setattr(evaluate, "make_reference", lambda *args: pytest.fail("work began"))
+    Path("folder.npz").mkdir()
+    before = Path("real.npz").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        run("ref", "--data", "real.npz", "--dest", dest)
+    assert Path("real.npz").read_bytes() == before

@@ -85,3 +85,10 @@ def test_neighbours_of_other_sizes_or_bare_statistics_are_refused(tmp_path):
         neighbours.check_same_size(source, evaluate.Reference(tmp_path / "ref.npz"))
     with pytest.raises(ValueError, match=r"samples are \(8, 8\) and reference images \(8, 9\)"):
         neighbours.check_same_size(source, evaluate.Reference(random_images(2, 8, 9).numpy()))
+
+
+def test_another_file_given_as_classifier_is_told(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: .* tensors do not fit the model"):
+        embeddings.make_embedding("classifier", str(tmp_path))

@@ -182,6 +182,17 @@ def test_another_network_is_refused(state):
         inception.FeatureExtractor(state | {"fc.weight": torch.zeros(1000, 2048)})
 
 
+@pytest.mark.parametrize("content", [b"hi", b"", b"no weights at all", [1, 2], {"fc.weight": "text"}, {"state_dict": {"a": torch.zeros(1)}}])
+def test_other_files_given_as_weights_are_told(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match="not a file of plain tensors|not a plain state dict"):
+        inception.FeatureExtractor(path)
+
+
 class Payload:
     def __reduce__(self):
         return open, ("payload-was-run", "w")
