@@ -20,15 +20,15 @@ def add_common_arguments(parser, rounds):
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
 
 
-def start(args, tf32=True):
-    """The device to measure on; sets the process up as the training scripts do, or without TF32 as generate.py does."""
+def start(args, tf32=True, deterministic=False):
+    """The device to measure on, after the process-wide switches are set: those of train.tf32 and train.deterministic."""
     import torch
 
     from utils import distributed
     from utils.precision import setup_backends
 
     torch.set_num_threads(args.threads)
-    setup_backends(tf32, deterministic=False)
+    setup_backends(tf32, deterministic, compiled=deterministic)
     return distributed.device()
 
 

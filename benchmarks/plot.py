@@ -60,6 +60,7 @@ def draw_bars(axis, groups, value, ylabel):
         heights = [value(group[arm]) for group in groups.values() if arm in group]
         spread = [[h[0] - h[1] for h in heights], [h[2] - h[0] for h in heights]]
         axis.bar(places, [h[0] for h in heights], 0.92 * width, yerr=spread, capsize=2, label=TITLES[arm])
+    axis.set_xlim(-0.5, len(groups) - 0.5)
     axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axis.set_ylabel(ylabel)
     axis.legend(fontsize=8)

@@ -29,6 +29,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--in_size", type=int, default=32, help="of the latents: 32 for 256 pixels, 64 for 512 (default 32)")
     parser.add_argument("--arms", nargs="+", default=["plain", "ours", "compiled"], choices=ARMS)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all arms but plain")
+    parser.add_argument("--deterministic", action="store_true", help="only deterministic kernels, the default of training")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
     add_common_arguments(parser, rounds=5)
     return parser.parse_args(argv)
@@ -104,7 +105,7 @@ def _allocated(device):
 
 def main():
     args = parse_arguments()
-    device = start(args)
+    device = start(args, deterministic=args.deterministic)
     rows = []
     for case in itertools.product(args.sizes, args.mask_ratio, args.amp, args.batchsize):
         found = measure_case(args, *case, device)

@@ -25,6 +25,7 @@ measure() {  # NAME MODULE [arguments]
 measure train_xl2_plain train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms plain ours --rounds 10
 measure train_xl2_masked train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms compiled unmasked --rounds 10 --set train.compile=true
 measure train_xl2_dit train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms compiled dit --rounds 10 --set train.compile=true
+measure train_xl2_deterministic train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms ours compiled --rounds 10 --deterministic
 measure train_xl2_512px_masked train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms compiled unmasked --rounds 10 --set train.compile=true
 measure train_xl2_512px_dit train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms compiled dit --rounds 10 --set train.compile=true
 measure train_s2 train --sizes S/2 --amp bf16 fp16 --batchsize 256 --arms plain ours compiled --rounds 20
