@@ -4,7 +4,7 @@
     python -m benchmarks.startup --arms train generate --compile --rounds 3
 
 Processes take turns, round after round; the warm-up round leaves the files in the system's cache. `wall s` is what a user waits from
-the launch to that moment, `CPU s` the processor time of the whole process, which other programs disturb less. Training is three
+the launch to that moment, `CPU s` the processor time of the process until then, which other programs disturb less. Training is three
 steps on 64 random samples with the settings of --config, sampling is the image of seed 0, decoded by assets/demo-vae; `compiled` does
 both with compiled blocks, once with an empty compiler cache and once with the cache that this left.
 """
@@ -116,7 +116,7 @@ def write_latents(folder, config):
 
 
 def launch(arm, threads):
-    """Run the arm's command: {moment: seconds since the launch} and the processor seconds of its process.
+    """Run the arm's command: {moment: (seconds since the launch, processor seconds of the process)}.
 
     Raises RuntimeError with what it printed if it fails.
     """
@@ -131,28 +131,34 @@ def launch(arm, threads):
                           stderr=subprocess.STDOUT) as process:
         for line in process.stdout:
             printed.append(line)
-            reached |= {moment: time.perf_counter() - begun for moment, text in arm.moments.items() if line.startswith(text)}
+            reached |= {moment: (time.perf_counter() - begun, _processor_seconds(process.pid))
+                        for moment, text in arm.moments.items() if line.startswith(text)}
         _, status, usage = os.wait4(process.pid, 0)  # as Popen.wait, and with the processor time
         process.returncode = os.waitstatus_to_exitcode(status)
-    reached[ENDED] = time.perf_counter() - begun
+    reached[ENDED] = time.perf_counter() - begun, usage.ru_utime + usage.ru_stime
     if process.returncode or reached.keys() != {*arm.moments, ENDED}:
         raise RuntimeError(f"{' '.join(arm.arguments)} ended with code {process.returncode}:\n{''.join(printed[-20:])}")
-    return reached, usage.ru_utime + usage.ru_stime
+    return reached
+
+
+def _processor_seconds(pid):
+    """User and system time of a running process so far, by Linux's count (proc_pid_stat(5), fields 14 and 15)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()  # from field 3 on
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(arms, args):
     """Table rows: one per arm and moment."""
-    seconds, processor = {}, {}
+    seconds = {}
     for number in range(args.warmup + args.rounds):
         for name, arm in arms.items():
-            reached, used = launch(arm, args.threads)
+            reached = launch(arm, args.threads)
             if number >= args.warmup:
-                processor.setdefault(name, []).append(used)
-                for moment, value in reached.items():
-                    seconds.setdefault((name, moment), []).append(value)
+                for moment, pair in reached.items():
+                    seconds.setdefault((name, moment), []).append(pair)
         print(f"  round {number + 1} of {args.warmup + args.rounds}", end="\r", file=sys.stderr, flush=True)
-    return [{"command": name, "moment": moment, "wall s": spread(values), "CPU s": spread(processor[name]) if moment == ENDED else None}
-            for (name, moment), values in seconds.items()]
+    return [{"command": name, "moment": moment} | {column: spread(values) for column, values in zip(("wall s", "CPU s"), zip(*pairs))}
+            for (name, moment), pairs in seconds.items()]
 
 
 def main():
