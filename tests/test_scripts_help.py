@@ -10,7 +10,7 @@ import pytest
 from benchmarks.startup import commands
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ["torch", "torchvision", "diffusers", "timm", "scipy", "matplotlib", "lmdb", "tensorboard", "requests"]
+HEAVY = ["torch", "omegaconf", "torchvision", "diffusers", "timm", "scipy", "matplotlib", "lmdb", "tensorboard", "requests"]
 
 RUNNER = """
 import json, runpy, sys

@@ -1,5 +1,7 @@
 """The configuration: one typed tree for all scripts, read from YAML, overridden by key=value. No torch in here.
 
+OmegaConf reads YAML and overrides; it is loaded when there are some, so that --help need not wait for it.
+
 A config is checked completely before anything is done with it: unknown keys (with the nearest right one), wrong types and
 impossible combinations are ValueErrors that name the key, the value and what is wanted.
 """
@@ -11,9 +13,6 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 AMP_CHOICES = ("fp16", "bf16", "no")
 LR_SCHEDULES = ("constant", "cosine", "linear")
@@ -181,10 +180,15 @@ def to_dict(config):
 
 
 def to_yaml(config):
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
 
 
 def _read_yaml(path):
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, OSError, ValueError) as error:
@@ -199,6 +203,9 @@ def _read_yaml(path):
 
 
 def _parse_overrides(overrides):
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     for text in overrides:
         if not re.match(r"^[\w.]+=", text):
             raise ValueError(f"argument {text!r} is not understood; overrides look like train.lr=1e-4, options like --config")
