@@ -139,7 +139,7 @@ def environment(device):
     import torch
 
     commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!*/results/*")  # results do not change what is measured
     return {"device": device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
             "commit": commit + (" with changes" if commit and changed else ""), "threads": torch.get_num_threads(),
             "command": f"python -m {_module_name()} {shlex.join(sys.argv[1:])}".strip()}

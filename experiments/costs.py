@@ -2,7 +2,8 @@
 
     python3 -m experiments.costs --setting cpu
 
-steps.json: time of whole training steps, the arms in turn (benchmarks/common.py), encoders of every width on every token count.
+arms.json: time of a training step of each arm of the setting, the arms in turn (benchmarks/common.py): what seconds are reckoned from.
+steps.json: the same of three arms with encoders of every width on every token count.
 paper.json: FLOPs (torch's counter) and memory (tensors that torch keeps for the backward pass) of the paper's sizes; the
 same on every machine, nothing is computed.
 """
@@ -11,12 +12,13 @@ import argparse
 from pathlib import Path
 
 from benchmarks.estimate import STATE_BYTES
-from experiments.settings import image_flops, load_setting
+from experiments.settings import arm_config, flops_per_image, image_flops, load_setting
 from utils.cli import run
 
 ARMS = {"dit": (False, 0.0), "unmasked": (True, 0.0), "masked": (True, 0.5)}  # decoder, mask ratio
 PAPER_SIZES, PAPER_LATENTS = ("S/2", "B/2", "L/2", "XL/2"), {"256 px": 32, "512 px": 64}
 MEMORY_SIZE = "XL/2"
+STEPS = 10  # of an arm, in each of its turns
 
 
 def parse_arguments(argv=None):
@@ -26,8 +28,21 @@ def parse_arguments(argv=None):
     parser.add_argument("--setting", required=True, help="name of a YAML file in experiments/, which lists tokens and widths under costs")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values of the setting")
     parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of the results (default: %(default)s)")
-    add_common_arguments(parser, rounds=3)
+    add_common_arguments(parser, rounds=5)
     return parser.parse_args(argv)
+
+
+def measure_arms(setting, args, device):
+    """Rows {arm, seconds of each round, FLOPs of a step} of the arms that start fresh, ten steps a round."""
+    from benchmarks.common import alternate
+    from benchmarks.train import make_arm
+
+    names = [arm for arm in setting.arms if not setting.start(arm)]
+    configs = {arm: arm_config(setting, arm, setting.seeds[0]) for arm in names}
+    steps = {arm: make_arm(config, "ours", device) for arm, config in configs.items()}
+    measured = alternate({arm: lambda step=step: [step() for _ in range(STEPS)] for arm, step in steps.items()}, args, device)
+    return [{"arm": arm, "seconds": [seconds / STEPS for seconds in measured[arm]["seconds"]],
+             "flops": config.train.batchsize * flops_per_image(config)} for arm, config in configs.items()]
 
 
 def measure_steps(setting, args, device):
@@ -116,6 +131,8 @@ def main(argv=None):
     out = args.out / setting.name
     if not (out / "paper.json").is_file():
         write_json(out / "paper.json", device, rows=count_paper())
+    if not (out / "arms.json").is_file():
+        write_json(out / "arms.json", device, rounds=args.rounds, rows=measure_arms(setting, args, device))
     if not (out / "steps.json").is_file():
         write_json(out / "steps.json", device, costs=setting.costs, rounds=args.rounds, rows=measure_steps(setting, args, device))
 

@@ -226,7 +226,10 @@ def record(setting, arm, seed, snapshots, draw, scores, path, device):
     from utils.config import to_dict
 
     config = arm_config(setting, arm, seed)
-    final = scores.score(draw(setting.final_samples))
+    if setting.final_samples == setting.samples:
+        final = {key: snapshots[-1][key] for key in ("fd", "accuracy")}
+    else:
+        final = scores.score(draw(setting.final_samples))
     guided = scores.score(draw(setting.samples, setting.guided))
     if seed == setting.seeds[0]:
         save_samples(setting, config.model.num_classes, draw, path.with_suffix(".png"))
