@@ -96,7 +96,7 @@ def _modes(args, folder):
     """(name, compiler cache, folders to remove first) of each way to run."""
     yield "eager", None, ()
     if args.compile:
-        cache = folder / "compiler cache"
+        cache = folder / "compiler-cache"
         yield "compiled, empty cache", cache, (cache,)
         yield "compiled, full cache", cache, ()
 

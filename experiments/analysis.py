@@ -5,20 +5,40 @@ import statistics
 
 
 def load(folder):
-    """{arm: [run, ...]} of a setting's result folder, seeds in order; a tuning run's seconds count its trunk's too."""
+    """{arm: [run, ...]} of a setting's result folder, seeds in order.
+
+    Each snapshot gets its `seconds` (see step_seconds), the last one the score of the final samples, of which there are more.
+    """
     runs = {}
     for path in sorted(folder.glob("*-seed*.json")):
         run = json.loads(path.read_text())
         runs.setdefault(run["arm"], []).append(run)
     order = list(next(iter(runs.values()))[0]["setting"]["arms"]) if runs else []
     runs = {arm: runs[arm] for arm in order if arm in runs}
+    times = json.loads((folder / "arms.json").read_text())["rows"] if runs else []
     for arm, found in runs.items():
         for run in found:
-            if run["start"]:
-                trunk = next(other for other in runs[run["start"][0]] if other["seed"] == run["seed"])
-                spent = next(s["train_s"] for s in trunk["snapshots"] if s["step"] == run["start_step"])
-                run["snapshots"] = [s | {"train_s": s["train_s"] + spent} for s in run["snapshots"]]
+            spent = run["start_step"] * step_seconds(times, run["start"][0], 0) if run["start"] else 0.0
+            run["snapshots"][-1] |= run["final"]
+            for snapshot in run["snapshots"]:
+                done = snapshot["step"] - run["start_step"]
+                flops = (snapshot["flops"] - run["start_flops"]) / done
+                snapshot["seconds"] = spent + done * step_seconds(times, arm, flops)
     return runs
+
+
+def step_seconds(times, arm, flops, pick=statistics.median):
+    """Seconds of a training step, measured with all arms in turn, so that what else the machine did met all of them.
+
+    times: rows of arms.json. An arm that is not there (a tuning one) is on the straight line between the unmasked arm and
+    masked-50, at `flops` per step. pick: one number of the rounds' seconds.
+    """
+    rows = {row["arm"]: row for row in times}
+    if arm in rows:
+        return pick(rows[arm]["seconds"])
+    low, high = rows["masked-50"], rows["unmasked"]
+    share = (flops - low["flops"]) / (high["flops"] - low["flops"])
+    return pick(low["seconds"]) * (1 - share) + pick(high["seconds"]) * share
 
 
 def crossing(x, fd, target):
@@ -31,22 +51,34 @@ def crossing(x, fd, target):
     return None
 
 
-def shares_to_target(runs, arm, baseline, key):
-    """Per seed, what `arm` needs of `key` (train_s, flops) to the baseline's final FD, as a share of the baseline's; None: not reached."""
+def shares_to_target(runs, arm, baseline, key, at=-1):
+    """Per seed, what `arm` needs of `key` (seconds, flops) to the FD of the baseline's snapshot `at`, as a share of what that took.
+
+    None: not reached.
+    """
     shares = []
     for run in runs[arm]:
-        last = next(other for other in runs[baseline] if other["seed"] == run["seed"])["snapshots"][-1]
-        found = crossing([s[key] for s in run["snapshots"]], [s["fd"] for s in run["snapshots"]], last["fd"])
-        shares.append(None if found is None else found / last[key])
+        goal = next(other for other in runs[baseline] if other["seed"] == run["seed"])["snapshots"][at]
+        found = crossing([s[key] for s in run["snapshots"]], [s["fd"] for s in run["snapshots"]], goal["fd"])
+        shares.append(None if found is None else found / goal[key])
     return shares
 
 
+def step_ratios(times, arm, baseline):
+    """Seconds of a step of `arm` over one of `baseline`, round by round."""
+    rows = {row["arm"]: row["seconds"] for row in times}
+    return [a / b for a, b in zip(rows[arm], rows[baseline])]
+
+
 def mean_spread(values, digits=2):
-    """"mean ± standard deviation", or the one number; "not reached" where a value is None."""
-    if None in values:
-        return f"not reached in {sum(value is None for value in values)} of {len(values)} seeds"
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean} (one seed)"
+    """"mean ± standard deviation", or the one number; where values are None, how many, and the mean of the others."""
+    there = [value for value in values if value is not None]
+    missing = f"not reached in {len(values) - len(there)} of {len(values)} seeds" if len(there) < len(values) else ""
+    if not there:
+        return missing
+    mean = f"{statistics.mean(there):.{digits}f}"
+    text = f"{mean} ± {statistics.stdev(there):.{digits}f}" if len(there) > 1 else mean
+    return f"{text}, {missing}" if missing else text if len(there) > 1 else f"{text} (one seed)"
 
 
 def table(header, rows):
@@ -55,20 +87,32 @@ def table(header, rows):
 
 def final_table(runs):
     rows = [[found[0]["title"], len(found), found[0]["start_step"] + found[0]["steps"] if found[0]["start"] else found[0]["steps"],
-             mean_spread([run["snapshots"][-1]["train_s"] for run in found], 0),
+             f"{statistics.mean(run['snapshots'][-1]['seconds'] for run in found):.0f}",
              f"{statistics.mean(run['snapshots'][-1]['flops'] for run in found) / 1e12:.2f}",
-             mean_spread([run["final"]["fd"] for run in found]),
-             mean_spread([100 * run["final"]["accuracy"] for run in found], 0),
+             mean_spread([run["snapshots"][-1]["fd"] for run in found]),
+             mean_spread([100 * run["snapshots"][-1]["accuracy"] for run in found], 0),
              mean_spread([run["guided"]["fd"] for run in found]),
              mean_spread([100 * run["guided"]["accuracy"] for run in found], 0)] for found in runs.values()]
     return table(["arm", "seeds", "steps", "training s", "TFLOP", "FD", "class named right, %", "FD guided", "right, guided, %"], rows)
 
 
 def target_table(runs, baselines=("unmasked", "dit")):
-    rows = [[found[0]["title"], runs[baseline][0]["title"], *(mean_spread(shares_to_target(runs, arm, baseline, key))
-                                                              for key in ("train_s", "flops"))]
-            for arm, found in runs.items() if arm.startswith("masked") for baseline in baselines if baseline in runs]
-    return table(["arm", "reaches the final FD of", "with this share of its time", "of its FLOPs"], rows)
+    """Snapshots after the first; of arms with one seed the last only."""
+    rows = []
+    for arm, found in ((arm, found) for arm, found in runs.items() if arm.startswith("masked")):
+        count = len(found[0]["snapshots"])
+        for baseline in (baseline for baseline in baselines if baseline in runs):
+            for at in range(1 if len(found) > 1 else count - 1, count):
+                rows.append([found[0]["title"], runs[baseline][0]["title"], f"{(at + 1) / count:.2f}",
+                             *(mean_spread(shares_to_target(runs, arm, baseline, key, at)) for key in ("flops", "seconds"))])
+    return table(["arm", "reaches the FD of", "after this share of the FLOPs", "with this share of those FLOPs", "of that time"], rows)
+
+
+def speed_table(times):
+    rows = [[row["arm"], f"{1000 * statistics.median(row['seconds']):.0f}", f"{row['flops'] / statistics.median(row['seconds']) / 1e9:.0f}",
+             "{:.2f} ({:.2f} - {:.2f})".format(*(f(step_ratios(times, row["arm"], "unmasked")) for f in (statistics.median, min, max)))]
+            for row in times]
+    return table(["arm", "ms per step", "GFLOP/s", "time of a step, times the unmasked one"], rows)
 
 
 def curve_table(runs):
@@ -120,10 +164,10 @@ def tables(folder):
     """{marker: markdown} of everything in a result folder."""
     runs = load(folder)
     found = {"final": final_table(runs), "target": target_table(runs), "curve": curve_table(runs)}
-    for name, make in (("real", real_table), ("steps", gain_table), ("paper", paper_table), ("memory", memory_table)):
-        path = folder / f"{'paper' if name == 'memory' else name}.json"
-        if path.is_file():
-            found[name] = make(json.loads(path.read_text()))
+    for name, make, file in (("real", real_table, "real"), ("arms", lambda content: speed_table(content["rows"]), "arms"),
+                             ("steps", gain_table, "steps"), ("paper", paper_table, "paper"), ("memory", memory_table, "paper")):
+        if (folder / f"{file}.json").is_file():
+            found[name] = make(json.loads((folder / f"{file}.json").read_text()))
     return found
 
 

@@ -49,8 +49,8 @@ def read(folder, name):
 
 def convergence(folder):
     """FD against seconds, FLOPs and steps: mean and lowest to highest of the seeds, real images as a line."""
-    figure, axes = new_figure(3)
-    for axis, (key, label, unit) in zip(axes, (("train_s", "training seconds", 1), ("flops", "training TFLOP", 1e12), ("step", "steps", 1))):
+    figure, axes = new_figure(3, 6.0)  # tall: the floor is two decades below
+    for axis, (key, label, unit) in zip(axes, (("seconds", "training seconds", 1), ("flops", "training TFLOP", 1e12), ("step", "steps", 1))):
         for arm, found in load(folder).items():
             if len(found) < 2 and len(load(folder)["unmasked"]) > 1:
                 continue  # one seed only: in the ablation
@@ -70,7 +70,7 @@ def ablation(folder):
     figure, (axis,) = new_figure(1)
     loaded = load(folder)
     runs = {arm: loaded[arm] for arm in ABLATION if arm in loaded}
-    for offset, name, pick in ((-0.2, "unguided", lambda r: r["final"]["fd"]), (0.2, "guided", lambda r: r["guided"]["fd"])):
+    for offset, name, pick in ((-0.2, "unguided", lambda r: r["snapshots"][-1]["fd"]), (0.2, "guided", lambda r: r["guided"]["fd"])):
         values = [[pick(run) for run in found] for found in runs.values()]
         means = [statistics.mean(v) for v in values]
         spread = [[m - min(v) for m, v in zip(means, values)], [max(v) - m for m, v in zip(means, values)]]

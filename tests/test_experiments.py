@@ -27,10 +27,10 @@ def test_crossing_is_on_the_straight_line_between_snapshots():
 
 def test_share_to_target_compares_runs_of_one_seed():
     def made(seed, fds):
-        return {"seed": seed, "snapshots": [{"train_s": 10.0 * (i + 1), "fd": fd} for i, fd in enumerate(fds)]}
+        return {"seed": seed, "snapshots": [{"seconds": 10.0 * (i + 1), "fd": fd} for i, fd in enumerate(fds)]}
 
     runs = {"a": [made(0, [4.0, 2.0]), made(1, [4.0, 3.5])], "b": [made(0, [6.0, 3.0]), made(1, [6.0, 3.0])]}
-    assert analysis.shares_to_target(runs, "a", "b", "train_s") == [15 / 20, None]
+    assert analysis.shares_to_target(runs, "a", "b", "seconds") == [15 / 20, None]
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
