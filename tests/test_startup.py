@@ -35,7 +35,7 @@ def test_folders_of_the_last_launch_are_removed_and_the_cache_is_the_arms(tmp_pa
 def test_compiled_arms_start_once_without_and_once_with_their_cache(tmp_path):
     args = startup.parse_arguments(["--compile"])
     arms = startup.training_arms(args, tmp_path) | startup.sampling_arms(args, tmp_path)
-    cache = tmp_path / "compiler cache"
+    cache = tmp_path / "compiler-cache"
     for script, key in (("train_latent.py", "train"), ("generate.py", "sample")):
         eager, first, second = (arms[f"{script}, {name}"] for name in ("eager", "compiled, empty cache", "compiled, full cache"))
         assert f"{key}.compile=False" in eager.arguments and eager.cache is None
