@@ -4,6 +4,14 @@ import json
 import statistics
 
 
+def read(folder, name):
+    """A result file of a folder. Raises FileNotFoundError naming the command that makes it."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such results; python3 -m experiments.{'run' if name == 'real' else 'costs'} makes them")
+    return json.loads(path.read_text())
+
+
 def load(folder):
     """{arm: [run, ...]} of a setting's result folder, seeds in order.
 
@@ -15,7 +23,7 @@ def load(folder):
         runs.setdefault(run["arm"], []).append(run)
     order = list(next(iter(runs.values()))[0]["setting"]["arms"]) if runs else []
     runs = {arm: runs[arm] for arm in order if arm in runs}
-    times = json.loads((folder / "arms.json").read_text())["rows"] if runs else []
+    times = read(folder, "arms")["rows"] if runs else []
     for arm, found in runs.items():
         for run in found:
             spent = run["start_step"] * step_seconds(times, run["start"][0], 0) if run["start"] else 0.0
@@ -27,18 +35,18 @@ def load(folder):
     return runs
 
 
-def step_seconds(times, arm, flops, pick=statistics.median):
+def step_seconds(times, arm, flops):
     """Seconds of a training step, measured with all arms in turn, so that what else the machine did met all of them.
 
     times: rows of arms.json. An arm that is not there (a tuning one) is on the straight line between the unmasked arm and
-    masked-50, at `flops` per step. pick: one number of the rounds' seconds.
+    masked-50, at `flops` per step.
     """
-    rows = {row["arm"]: row for row in times}
-    if arm in rows:
-        return pick(rows[arm]["seconds"])
-    low, high = rows["masked-50"], rows["unmasked"]
-    share = (flops - low["flops"]) / (high["flops"] - low["flops"])
-    return pick(low["seconds"]) * (1 - share) + pick(high["seconds"]) * share
+    seconds = {row["arm"]: statistics.median(row["seconds"]) for row in times}
+    if arm in seconds:
+        return seconds[arm]
+    work = {row["arm"]: row["flops"] for row in times}
+    share = (flops - work["masked-50"]) / (work["unmasked"] - work["masked-50"])
+    return seconds["masked-50"] * (1 - share) + seconds["unmasked"] * share
 
 
 def crossing(x, fd, target):

@@ -5,11 +5,10 @@
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
-from experiments.analysis import fill, gains, load, tables
+from experiments.analysis import fill, gains, load, read, tables
 from utils.cli import run
 
 COLOURS = {"dit": "tab:gray", "unmasked": "tab:blue", "masked": "tab:orange", "masked-50": "tab:orange", "tuned-const": "tab:green",
@@ -38,13 +37,6 @@ def new_figure(columns, height=4.0):
     for axis in axes:
         axis.grid(alpha=0.3)
     return figure, axes
-
-
-def read(folder, name):
-    path = folder / f"{name}.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such results; python3 -m experiments.{'run' if name == 'real' else 'costs'} makes them")
-    return json.loads(path.read_text())
 
 
 def convergence(folder):

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import struct
 from pathlib import Path
 
@@ -31,6 +32,19 @@ def test_share_to_target_compares_runs_of_one_seed():
 
     runs = {"a": [made(0, [4.0, 2.0]), made(1, [4.0, 3.5])], "b": [made(0, [6.0, 3.0]), made(1, [6.0, 3.0])]}
     assert analysis.shares_to_target(runs, "a", "b", "seconds") == [15 / 20, None]
+
+
+def test_step_of_a_tuning_arm_is_reckoned_by_its_flops():
+    times = [{"arm": "masked-50", "seconds": [1.0, 2.0, 9.0], "flops": 10}, {"arm": "unmasked", "seconds": [4.0, 4.0, 4.0], "flops": 20}]
+    assert analysis.step_seconds(times, "masked-50", 15) == 2.0  # the median of the rounds, whatever the FLOPs
+    assert analysis.step_seconds(times, "tuned-const", 20) == 4.0
+    assert analysis.step_seconds(times, "tuned-cos", 15) == 3.0  # half way
+
+
+def test_figures_without_the_costs_name_the_command_that_makes_them(tmp_path):
+    shutil.copy(ROOT / "experiments" / "results" / "cpu" / "dit-seed0.json", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"arms.json: no such results; python3 -m experiments.costs makes them"):
+        analysis.load(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
