@@ -57,7 +57,7 @@ def make_arm(config, arm, device):
 
     train, model = config.train, config.model
     torch.manual_seed(0)
-    net = build_model(model, activation_checkpointing=train.activation_checkpointing).to(device)
+    net = build_model(model, train).to(device)
     moments = torch.randn(train.batchsize, 2 * model.in_channels, model.in_size, model.in_size, device=device)
     labels = torch.randint(model.num_classes, (train.batchsize,), device=device)
     generator = torch.Generator(device)

@@ -53,12 +53,14 @@ class MaskDiT(nn.Module):
     in_size: height and width of the square latents. num_classes: 0 makes it unconditional.
     use_decoder: without it this is a plain DiT, which takes no mask.
     activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
+    embed_kept: embed the kept patches only; else all of them, and then drop the removed ones. shuffled_decoder: the tokens stay in
+    the mask's order throughout; else the decoder gets them in image order. Both change the order of sums, nothing else.
     Raises ValueError for sizes that do not divide.
     """
 
     def __init__(self, in_size, patch_size, in_channels, num_classes, depth, width, num_heads,
                  use_decoder=True, decoder_depth=8, decoder_width=512, decoder_num_heads=16,
-                 activation_checkpointing=False):
+                 activation_checkpointing=False, embed_kept=True, shuffled_decoder=True):
         super().__init__()
         if in_size % patch_size:
             raise ValueError(f"in_size={in_size} must be divisible by patch_size={patch_size}")
@@ -68,6 +70,7 @@ class MaskDiT(nn.Module):
         self.num_tokens = (in_size // patch_size) ** 2
         self.use_decoder = use_decoder
         self.activation_checkpointing = activation_checkpointing
+        self.embed_kept, self.shuffled_decoder = embed_kept, shuffled_decoder
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
@@ -113,22 +116,29 @@ class MaskDiT(nn.Module):
         """
         if mask is not None and not self.use_decoder:
             raise ValueError("a mask needs the decoder: make the model with use_decoder=True, or train it unmasked")
-        ids_keep, ids_shuffle = (None, None) if mask is None else (mask.ids_keep, mask.ids_shuffle)
         c = self.embed_conditioning(c_noise, class_labels) if modulations is None else None  # (B or 1, D)
-        patches = patchify(x, self.patch_size)                          # (B, L, p*p*C)
-        if mask is not None:
-            patches = gather_tokens(patches, ids_keep)                  # (B, L_keep, p*p*C)
-        tokens = self.x_embedder(patches) + _pick(self.pos_embed, ids_keep)
+        tokens = self._embed(patchify(x, self.patch_size), mask)        # (B, L_keep, D)
         tokens = self._run(self.blocks, tokens, c, modulations)         # (B, L_keep, D)
+        order = None if mask is None else mask.ids_shuffle              # of the tokens; None: image order
         if self.use_decoder:
             tokens = self._run([self.decoder_layer], tokens, c, modulations)  # (B, L_keep, D_dec)
             tokens = unmask(tokens, self.mask_token, self.num_tokens)   # (B, L, D_dec)
-            tokens = tokens + _pick(self.decoder_pos_embed, ids_shuffle)
+            if order is not None and not self.shuffled_decoder:
+                tokens, order = gather_tokens(tokens, mask.ids_restore), None
+            tokens = tokens + _pick(self.decoder_pos_embed, order)
             tokens = self._run(self.decoder_blocks, tokens, c, modulations)
         patches = self._run([self.final_layer], tokens, c, modulations)  # (B, L, p*p*C)
-        if mask is not None:
+        if order is not None:
             patches = gather_tokens(patches, mask.ids_restore)
         return unpatchify(patches, self.patch_size)
+
+    def _embed(self, patches, mask):
+        """patches (B, L, p*p*C) -> tokens of those that the mask keeps (B, L_keep, D)."""
+        if mask is None:
+            return self.x_embedder(patches) + self.pos_embed
+        if self.embed_kept:
+            return self.x_embedder(gather_tokens(patches, mask.ids_keep)) + _pick(self.pos_embed, mask.ids_keep)
+        return gather_tokens(self.x_embedder(patches) + self.pos_embed, mask.ids_keep)
 
     def embed_conditioning(self, c_noise, class_labels):
         """c (B, D); or (1, D), shared by the batch, when there is one c_noise and no label."""

@@ -2,11 +2,12 @@
 
 import ast
 import dataclasses
+import typing
 from pathlib import Path
 
 import pytest
 
-from utils.config import Config, from_dict, load_config, to_dict, to_yaml
+from utils.config import Config, SpeedUp, from_dict, load_config, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTIONS = {section.name: section.type for section in dataclasses.fields(Config)}
@@ -49,6 +50,8 @@ def test_unknown_key_in_a_file_is_refused(tmp_path):
     ("data.root=[1]", "data.root=[1]: wanted text, got list"),
     ("train.betas=[0.9]", "train.betas=[0.9]: wanted a list of 2 numbers"),
     ("train.betas=0.9", "train.betas=0.9: wanted a list of 2 numbers"),
+    ("train.switch_off=fused_adamw", "train.switch_off='fused_adamw': wanted a list, as in train.switch_off=[embed_kept]"),
+    ("train.switch_off=[fused_adamw,warp]", "train.switch_off='warp': wanted one of embed_kept, shuffled_decoder, fused_adamw"),
     ("train=5", "train=5 is a section; set its keys"),
     ("--lr", "argument '--lr' is not understood"),
 ])
@@ -131,7 +134,10 @@ def test_every_key_is_read_outside_the_schema():
         inside = list(ast.walk(function)) if isinstance(function, ast.FunctionDef) else []
         if any(isinstance(node, ast.Name) and node.id == "getattr" for node in inside):
             read |= {node.value for node in inside if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    asked = {node.args[0].value for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "uses"}
+    assert asked == set(typing.get_args(SpeedUp))  # TrainConfig.uses(name) is how switch_off is read
     keys = {f"{name}.{key.name}": key.name for name, section in SECTIONS.items() for key in dataclasses.fields(section)}
+    keys.pop("train.switch_off")
     assert [full for full, name in keys.items() if name not in read] == []
 
 

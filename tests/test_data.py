@@ -104,12 +104,20 @@ def test_start_goes_on_where_the_stream_stopped():
         assert torch.equal(samples, again) and torch.equal(labels, labels_again)
 
 
-@pytest.mark.parametrize("num_workers, prefetch", [(0, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("num_workers, prefetch", [(0, 1), (1, 3), (4, 2), (0, 0), (4, 0)])
 def test_workers_and_prefetch_do_not_change_the_order(num_workers, prefetch):
     dataset = Numbers()
     batches = take(dataset, 12, num_workers=num_workers, prefetch=prefetch)
     np.testing.assert_array_equal(torch.cat([samples[:, 0] for samples, _ in batches]), stream_indices(N, 0, 0, 48))
     assert threading.current_thread().name not in dataset.threads
+
+
+@pytest.mark.parametrize("num_workers", [1, 4])
+def test_without_prefetch_a_batch_is_read_when_it_is_asked_for(num_workers):
+    with BatchStream(Numbers(), 4, 0, num_workers=num_workers, prefetch=0) as stream:
+        for count in range(1, 6):
+            next(stream)
+            assert stream.next_batch == count and not stream.pending
 
 
 def test_labels_belong_to_their_samples_and_are_int64():
@@ -137,7 +145,7 @@ def test_closed_stream_ends_its_threads():
         next(stream)
 
 
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"start": -1}, {"prefetch": 0}])
+@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"rank": 2, "world_size": 2}, {"start": -1}, {"prefetch": -1}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         take(Numbers(), 0, **wrong)

@@ -47,6 +47,18 @@ def save_gradients(folder, grad_accum):
     distributed.shutdown()
 
 
+def save_weights(folder, off):
+    distributed.init(60)
+    state = make_state(train__grad_accum=1, train__class_dropout_prob=0.0)
+    moments, labels = (part.chunk(2)[distributed.rank()] for part in make_batch(8))
+    model = distributed.data_parallel(state.net, **{name: name not in off for name in ("static_graph", "bucket_views")})
+    for _ in range(3):
+        train_step(state, model, EDMLoss(patch_size=2), moments, labels, encode, torch.Generator())
+    torch.save(torch.cat([p.detach().flatten() for p in state.net.parameters()]), f"{folder}/{distributed.rank()}.pt")
+    torch.save([model.static_graph, model.gradient_as_bucket_view], f"{folder}/switches.pt")
+    distributed.shutdown()
+
+
 def save_draws(folder):
     distributed.init(60)
     state, drawn = make_state(), []
@@ -98,6 +110,18 @@ def test_gradients_equal_those_of_one_process_on_the_joined_batch(runs, tmp_path
         assert torch.equal(start_of_rank, start)
         assert (gradient - wanted).abs().max() < 1e-6 * max(1.0, wanted.abs().max().item())
     assert torch.equal(ranks[0][1], ranks[1][1]) and torch.equal(ranks[0][2], ranks[1][2])
+
+
+def test_weights_are_the_same_without_static_graph_and_bucket_views(runs, tmp_path):
+    results = {}
+    for off in ("", "static_graph", "bucket_views"):
+        folder = tmp_path / (off or "none")
+        folder.mkdir()
+        runs.call("test_distributed:save_weights", [str(folder), off], folder / "out.txt", processes=2)
+        results[off] = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+        assert torch.load(folder / "switches.pt", weights_only=True) == [off != "static_graph", off != "bucket_views"]
+        assert torch.equal(*results[off])
+        torch.testing.assert_close(results[off][0], results[""][0], rtol=0, atol=1e-5)  # buckets of another layout: sums in another order
 
 
 def test_draws_differ_by_rank_and_come_again(runs, tmp_path):

@@ -1,14 +1,16 @@
 """The moving average of the weights."""
 
+import pytest
 import torch
 
 from utils.ema import EMA
 
 
-def test_average_after_three_updates_by_hand():
+@pytest.mark.parametrize("foreach", [True, False])
+def test_average_after_three_updates_by_hand(foreach):
     net = torch.nn.Linear(1, 1, bias=False)
     net.weight.data.fill_(1.0)
-    ema = EMA(net, decay=0.75)
+    ema = EMA(net, decay=0.75, foreach=foreach)
     for weight in (2.0, 4.0, 0.0):
         net.weight.data.fill_(weight)
         ema.update()

@@ -1,7 +1,12 @@
 """Optimizer steps that skip what is not finite, in every precision; what is compiled where."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
+from training_runs import ROOT
 
 from utils import precision
 from utils.precision import Stepper, autocast, effective_amp, missing_for_compile, native_bf16, use_compile
@@ -9,10 +14,10 @@ from utils.precision import Stepper, autocast, effective_amp, missing_for_compil
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def make(scaled=False, **options):
-    """A one-weight problem: weight 1, AdamW with lr 0.1; scaled: with fp16's loss scaler, which also runs on a CPU."""
+def make(scaled=False, fused=True, **options):
+    """A problem of two weights of 1, AdamW with lr 0.1; scaled: with fp16's loss scaler, which also runs on a CPU."""
     weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, fused=fused)
     stepper = Stepper(optimizer, "fp16", CPU, **options)
     if scaled:
         stepper.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
@@ -25,9 +30,10 @@ def step(weight, stepper, factor=1.0):
 
 
 @pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_bad_step_changes_nothing_and_is_counted(scaled, bad):
-    weight, optimizer, stepper = make(scaled)
+def test_bad_step_changes_nothing_and_is_counted(scaled, fused, bad):
+    weight, optimizer, stepper = make(scaled, fused)
     norm = step(weight, stepper, 3.0)
     assert norm.item() == pytest.approx(3 * 2**0.5, rel=1e-6)  # unscaled
     before = weight.detach().clone(), {key: value.clone() for key, value in optimizer.state[weight].items()}
@@ -174,3 +180,23 @@ def test_deterministic_kernels_are_asked_for_with_and_without_the_compiler(monke
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the switch")
+@pytest.mark.parametrize("keep", [False, True])
+def test_freed_memory_is_kept_for_the_next_array(keep):
+    """New pages for an array of 256 MiB that the same array was freed before: all of them, or none after the first few times."""
+    program = f"""
+import resource, torch
+from utils.precision import keep_freed_memory
+if {keep}:
+    keep_freed_memory(torch.device("cpu"))
+def pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+made = [pages() for _ in range(40)]  # the first few still find no gap of the right size
+print(made[-1] / made[0])
+"""
+    again = float(subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert again < 0.1 if keep else again > 0.5

@@ -61,6 +61,12 @@ def test_fast_loss_and_gradients_equal_the_plain_ones(latents, mask_ratio, check
     compare_with_plain(tiny_net(activation_checkpointing=checkpointing), latents, mask_ratio, mask_ratio)
 
 
+@pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
+@pytest.mark.parametrize("off", [{"embed_kept": False}, {"shuffled_decoder": False}, {"embed_kept": False, "shuffled_decoder": False}])
+def test_each_order_of_the_tokens_gives_the_same_loss_and_gradients(latents, mask_ratio, off):
+    compare_with_plain(tiny_net(**off), latents, mask_ratio, mask_ratio)
+
+
 @pytest.mark.parametrize("mask_ratio, rounded", [(0.0, 0.0), (0.3, 0.25), (0.5, 0.5), (0.99, 0.75)])
 def test_rounding_token_counts_is_training_at_the_rounded_ratio(latents, mask_ratio, rounded):
     compare_with_plain(tiny_net(), latents, mask_ratio, rounded, token_multiple=4)

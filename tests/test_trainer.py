@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from training_runs import SETTINGS, metrics
 
 from models import EDMLoss, sample_moments
-from utils.config import load_config
+from utils.config import SpeedUp, load_config
 from utils.data import open_latents
 from utils.generation import build_model
 from utils.signals import EXIT_STOPPED, StopNotice
@@ -22,7 +23,7 @@ def make_state(**settings):
     values = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
     config = load_config(None, [f"{key}={value}" for key, value in values.items()])
     torch.manual_seed(0)
-    net = build_model(config.model)
+    net = build_model(config.model, config.train)
     for parameter in net.parameters():  # the published zeros would hide most gradients
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -250,9 +251,61 @@ def test_interval_checkpoints_and_the_last_one_are_saved(latents, tmp_path):
 def test_settings_of_the_optimizer_are_those_of_the_config_after_a_resume(latents, tmp_path):
     state = make_state()
     fit(state, tmp_path, latents, encode, StopNotice())
-    other = make_state(train__weight_decay=0.5, train__betas="[0.8,0.9]")
+    other = make_state(train__weight_decay=0.5, train__betas="[0.8,0.9]", train__switch_off="[fused_adamw]")
     other.resume(torch.load(tmp_path / "checkpoints" / "0000012.pt", weights_only=True))
-    assert other.optimizer.param_groups[0]["weight_decay"] == 0.5 and other.optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    group = other.optimizer.param_groups[0]
+    assert (group["weight_decay"], group["betas"], group["fused"], group["foreach"]) == (0.5, (0.8, 0.9), False, False)
+
+
+# ------------------------------------------------------------------------------------------------ speed-ups switched off
+
+SPEED_UPS = typing.get_args(SpeedUp)
+
+
+@pytest.fixture(scope="module")
+def fast_run(tiny_latents, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fast")
+    state = make_state(train__lr=1e-4)
+    assert fit(state, folder, open_latents(tiny_latents), encode, StopNotice()) == 0
+    return state, metrics(folder)
+
+
+@pytest.mark.parametrize("off", [*SPEED_UPS, ",".join(SPEED_UPS)])
+def test_a_run_without_speed_ups_has_the_same_numbers(fast_run, latents, tmp_path, off):
+    """Losses to 1e-5, weights to a hundredth of how far they went: float32 sums in another order, which AdamW's first steps enlarge."""
+    state = make_state(train__lr=1e-4, train__switch_off=f"[{off}]")
+    assert fit(state, tmp_path, latents, encode, StopNotice()) == 0
+    fast_state, fast_lines = fast_run
+    for line, wanted in zip(metrics(tmp_path), fast_lines, strict=True):
+        assert line == pytest.approx(wanted, rel=1e-5)
+    went = (weights(fast_state) - weights(make_state())).norm()
+    assert (weights(state) - weights(fast_state)).norm() < 0.01 * went
+    averages = [torch.cat([p.flatten() for p in s.ema.net.parameters()]) for s in (state, fast_state)]
+    assert (averages[0] - averages[1]).norm() < 0.01 * went
+
+
+def test_each_switch_turns_its_speed_up_off(monkeypatch):
+    def together(state):
+        return len({p.untyped_storage().data_ptr() for p in state.ema.net.parameters()}) == 1
+
+    def tokens_embedded(state):
+        seen = []
+        state.net.model.x_embedder.register_forward_hook(lambda module, inputs, tokens: seen.append(tokens.shape[1]))
+        train_step(state, state.net, make_loss(state), *make_batch(), encode, torch.Generator())
+        return seen[0]
+
+    def decoder_sees_the_kept_tokens_first(state):
+        kept, seen = [], []
+        state.net.model.decoder_pos_embed.data.zero_()
+        state.net.model.decoder_layer.register_forward_hook(lambda module, inputs, tokens: kept.append(tokens))
+        state.net.model.decoder_blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        train_step(state, state.net, make_loss(state), *make_batch(), encode, torch.Generator())
+        return torch.equal(seen[0][:, :kept[0].shape[1]], kept[0])
+
+    for look, name, on, off in ((lambda state: state.optimizer.param_groups[0]["fused"], "fused_adamw", True, False),
+                                (together, "foreach_ema", True, False), (tokens_embedded, "embed_kept", 8, 16),
+                                (decoder_sees_the_kept_tokens_first, "shuffled_decoder", True, False)):
+        assert look(make_state()) == on and look(make_state(train__switch_off=f"[{name}]")) == off, name
 
 
 # ------------------------------------------------------------------------------------------------ compiled blocks

@@ -18,6 +18,8 @@ AMP_CHOICES = ("fp16", "bf16", "no")
 LR_SCHEDULES = ("constant", "cosine", "linear")
 MASK_SCHEDULES = ("constant", "linear", "exp", "cosine2", "cosine3", "cosine4", "cosine5", "cosine6")
 SOLVERS = ("edm", "ablation")
+SpeedUp = Literal["embed_kept", "shuffled_decoder", "fused_adamw", "foreach_ema", "static_graph", "bucket_views", "read_ahead",
+                  "keep_memory"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class TrainConfig:
     token_multiple: int = 1  # round the number of kept tokens to a multiple: few shapes, which CUDA graphs need (16)
     deterministic: bool = True  # deterministic GPU kernels, which bit-exact resume needs
     activation_checkpointing: bool = False  # less memory, a third more compute
+    switch_off: tuple[SpeedUp, ...] = ()  # what to do without, to check or to measure it; benchmarks/README.md says what each is
     mask_ratio: float = 0.5  # share of the patches that the encoder does not see, at the start
     mask_ratio_min: float = 0.0  # the share that decaying schedules end at
     mask_ratio_fn: str = "constant"  # constant | linear | exp | cosine2 ... cosine6
@@ -79,6 +82,9 @@ class TrainConfig:
     seed: int = 0
     max_bad_steps: int = 20  # steps with NaN or Inf gradients in a row that end the run
     timeout_s: float = 1800.0  # longest wait for another process
+
+    def uses(self, speed_up):
+        return speed_up not in self.switch_off
 
     @property
     def mask_ratio_varies(self):
@@ -265,6 +271,10 @@ def _coerce(key, value, wanted):
         return value
     if typing.get_origin(wanted) is tuple:
         parts = typing.get_args(wanted)
+        if parts[-1] is Ellipsis:
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"{key}={value!r}: wanted a list, as in {key}=[{typing.get_args(parts[0])[0]}]")
+            return tuple(_coerce(key, item, parts[0]) for item in value)
         if not isinstance(value, (list, tuple)) or len(value) != len(parts):
             raise ValueError(f"{key}={value!r}: wanted a list of {len(parts)} numbers, as in {key}=[0.9,0.999]")
         return tuple(_coerce(key, item, part) for item, part in zip(value, parts))

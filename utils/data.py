@@ -74,14 +74,15 @@ class BatchStream:
     of `stream_indices`. Samples keep the type they are stored in; labels are int64.
 
     num_workers: threads that each prepare whole batches (0 counts as 1; image decoding uses as many as there are).
-    prefetch: batches that are ready or in work ahead of the one in use, beyond one for each further thread.
+    prefetch: batches that are ready or in work ahead of the one in use, beyond one for each further thread; 0: none, a batch is
+        read when it is asked for.
     On a GPU, batches travel from pinned memory on a stream of their own. An error in a thread is raised at the batch it
     concerns. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, dataset, batch_size, seed, rank=0, world_size=1, start=0, device="cpu", num_workers=0, prefetch=2):
-        if batch_size < 1 or not 0 <= rank < world_size or start < 0 or prefetch < 1:
-            raise ValueError(f"batch_size={batch_size} and prefetch={prefetch} must be at least 1, start={start} at least 0, "
+        if batch_size < 1 or not 0 <= rank < world_size or start < 0 or prefetch < 0:
+            raise ValueError(f"batch_size={batch_size} must be at least 1, start={start} and prefetch={prefetch} at least 0, "
                              f"rank={rank} within world_size={world_size}")
         if not len(dataset):
             raise ValueError(f"{dataset.name} holds no samples")
@@ -90,7 +91,7 @@ class BatchStream:
         self.device = torch.device(device)
         self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         num_threads = max(1, num_workers)
-        self.depth = prefetch + num_threads - 1
+        self.depth = prefetch and prefetch + num_threads - 1
         self.next_batch = 0
         self.pending = deque()
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="data")

@@ -145,15 +145,16 @@ def broadcast_module(module):
             dist.broadcast(tensor.detach(), src=0)
 
 
-def data_parallel(net, static_graph=False):
+def data_parallel(net, static_graph=False, bucket_views=True):
     """Wrap `net` in DistributedDataParallel when there are several processes; gradients are then means over them.
 
     static_graph: every step uses the same parameters in one backward pass, which DDP need not check again.
+    bucket_views: gradients are views of the buckets that are sent, instead of copies of them.
     """
     if world_size() == 1:
         return net
     gpu = [local_rank()] if torch.cuda.is_available() else None
-    return torch.nn.parallel.DistributedDataParallel(net, device_ids=gpu, gradient_as_bucket_view=True,
+    return torch.nn.parallel.DistributedDataParallel(net, device_ids=gpu, gradient_as_bucket_view=bucket_views,
                                                      static_graph=static_graph)
 
 

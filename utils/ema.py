@@ -6,19 +6,27 @@ import torch
 
 
 class EMA:
-    """`ema.net` is a frozen copy of `net` whose weights follow it: w_ema <- decay * w_ema + (1 - decay) * w."""
+    """`ema.net` is a frozen copy of `net` whose weights follow it: w_ema <- decay * w_ema + (1 - decay) * w.
 
-    def __init__(self, net, decay):
-        self.decay = decay
+    foreach: update all tensors in one operation, which wants them together; else one after the other.
+    """
+
+    def __init__(self, net, decay, foreach=True):
+        self.decay, self.foreach = decay, foreach
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.averages = list(self.net.parameters())
-        _move_together(self.averages)
+        if foreach:
+            _move_together(self.averages)
         self.sources = list(net.parameters())
 
     @torch.no_grad()
     def update(self):
         """Follow the source weights by one step."""
-        torch._foreach_lerp_(self.averages, [p.detach() for p in self.sources], 1.0 - self.decay)
+        if self.foreach:
+            torch._foreach_lerp_(self.averages, [p.detach() for p in self.sources], 1.0 - self.decay)
+            return
+        for average, source in zip(self.averages, self.sources):
+            average.lerp_(source, 1.0 - self.decay)
 
 
 def _move_together(parameters):

@@ -54,9 +54,12 @@ class Batch(NamedTuple):
     images: np.ndarray | None
 
 
-def build_model(model_config, **options):
-    """The network of a ModelConfig, with fresh weights."""
-    m = model_config
+def build_model(model_config, train=None):
+    """The network of a ModelConfig, with fresh weights; train: a TrainConfig, to be trained as that says."""
+    m, options = model_config, {}
+    if train is not None:
+        options = {"activation_checkpointing": train.activation_checkpointing, "embed_kept": train.uses("embed_kept"),
+                   "shuffled_decoder": train.uses("shuffled_decoder")}
     return create_model(m.model_type, m.in_size, m.in_channels, m.num_classes, m.use_decoder, depth=m.depth, width=m.width,
                         num_heads=m.num_heads, decoder_depth=m.decoder_depth, decoder_width=m.decoder_width,
                         decoder_num_heads=m.decoder_num_heads, **options)

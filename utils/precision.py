@@ -1,6 +1,7 @@
-"""Number formats and what computes them: autocast, loss scaling, TF32, determinism, compiling. The only file that sets them."""
+"""Number formats and what computes them: autocast, loss scaling, TF32, determinism, compiling, memory. The only file that sets them."""
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 CPU_INFO = Path("/proc/cpuinfo")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -51,6 +53,18 @@ def setup_backends(tf32, deterministic, compiled=False):
             torch.set_deterministic_debug_mode("warn")  # the same without loading the compiler, which takes seconds
         # True also fills every new tensor with NaN to catch reads of uninitialised memory: a debugging aid that costs a pass
         torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def keep_freed_memory(device):
+    """On a CPU: keep memory that was freed for what is allocated next, instead of giving it back to the system each time.
+
+    Otherwise the system clears the pages of every large array anew, a tenth of a training step. The process stays as large
+    as it has once been. Does nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if device.type == "cpu" and mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def use_compile(key, setting, device):
@@ -107,7 +121,8 @@ def compile_options(train, num_tokens):
 class Stepper:
     """One optimizer step in any precision: loss scaling, clipping, and skipping of steps with NaN or Inf losses or gradients.
 
-    Nothing here waits for the GPU: whether a step is skipped is a number on the device, which fused AdamW reads itself.
+    Nothing here waits for the GPU: whether a step is skipped is a number on the device, which fused AdamW reads itself (for an
+    unfused optimizer the number is waited for).
     `bad_steps` (2,) int64 on the device counts skipped steps: [in a row until now, in all]. After more than max_bad_steps
     in a row every step is skipped, so that whoever looks some steps later still finds when it began.
     """
@@ -135,8 +150,11 @@ class Stepper:
         bad = ~torch.isfinite(norm) | (in_a_row > self.max_bad_steps)
         if self.grad_clip > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm, foreach=True)
-        self.optimizer.found_inf = bad.float()  # how GradScaler tells fused AdamW to skip; here also without a scaler
-        self.optimizer.step()
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.found_inf = bad.float()  # how GradScaler tells fused AdamW to skip; here also without a scaler
+            self.optimizer.step()
+        elif not bad:
+            self.optimizer.step()
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps = torch.stack([(in_a_row + 1) * bad, total + bad])

@@ -38,9 +38,10 @@ class TrainState:
     def __init__(self, net, config, device, class_names=None):
         train = config.train
         self.net, self.config, self.device, self.class_names = net, config, device, class_names
-        self.ema = EMA(net, train.ema_decay)
+        self.ema = EMA(net, train.ema_decay, foreach=train.uses("foreach_ema"))
         trainable = [p for p in net.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, fused=True)
+        kernel = {"fused": True} if train.uses("fused_adamw") else {"fused": False, "foreach": False}
+        self.optimizer = torch.optim.AdamW(trainable, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, **kernel)
         self.stepper = Stepper(self.optimizer, train.amp, device, train.grad_clip, train.max_bad_steps)
         self.step = self.images_seen = self.start_step = self.start_images = 0
         self.log_position = None
@@ -103,9 +104,7 @@ class TrainState:
 
     def _load_optimizer_state(self, saved):
         """AdamW's moments from a state dict; its settings stay those of the config."""
-        self.optimizer.load_state_dict(saved)
-        for group in self.optimizer.param_groups:
-            group |= {"betas": self.config.train.betas, "weight_decay": self.config.train.weight_decay}
+        self.optimizer.load_state_dict(saved | {"param_groups": self.optimizer.state_dict()["param_groups"]})
 
     @property
     def amp(self):
@@ -191,7 +190,8 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
     log = RunLog(folder, state.log_position, log_config.tensorboard, log_config.wandb, to_dict(config))
     run = _Run(state, folder, log, writer, sample_grid, evaluate)
     stream = BatchStream(dataset, config.train.batchsize, config.train.seed, distributed.rank(), distributed.world_size(),
-                         start=state.images_seen, device=state.device, num_workers=config.data.num_workers)
+                         start=state.images_seen, device=state.device, num_workers=config.data.num_workers,
+                         prefetch=2 if config.train.uses("read_ahead") else 0)
     try:
         with stream:
             return run.loop(iter(stream), encode, notice)
@@ -216,7 +216,8 @@ class _Run:
         generator = torch.Generator(state.device)
         if state.compiled:
             self._compile(loss)
-        model = distributed.data_parallel(state.net, static_graph=train.grad_accum == 1)
+        model = distributed.data_parallel(state.net, static_graph=train.grad_accum == 1 and train.uses("static_graph"),
+                                          bucket_views=train.uses("bucket_views"))
         if model is not state.net:
             # DDP lays its buckets out anew after the first pass, and the sums of three or more processes depend on the layout
             _rehearse(state, model, loss)

@@ -82,11 +82,13 @@ def train(config, args, open_dataset, make_encode):
 
     with StopNotice() as notice:  # before the slow imports: who is asked to stop meanwhile stops before the first step
         from utils import distributed
-        from utils.precision import setup_backends, use_compile
+        from utils.precision import keep_freed_memory, setup_backends, use_compile
 
         distributed.init(config.train.timeout_s)
-        compiled = use_compile("train.compile", config.train.compile, distributed.device())
-        setup_backends(config.train.tf32, config.train.deterministic, compiled)
+        device = distributed.device()
+        setup_backends(config.train.tf32, config.train.deterministic, use_compile("train.compile", config.train.compile, device))
+        if config.train.uses("keep_memory"):
+            keep_freed_memory(device)
         code = _train(config, args, open_dataset, make_encode, notice)
         distributed.shutdown()
     return code
@@ -111,7 +113,7 @@ def _train(config, args, open_dataset, make_encode, notice):
     try:
         distributed.barrier()
         torch.manual_seed(config.train.seed)
-        net = build_model(config.model, activation_checkpointing=config.train.activation_checkpointing).to(device)
+        net = build_model(config.model, config.train).to(device)
         distributed.broadcast_module(net)  # before its copies are made
         state = TrainState(net, config, device, dataset.class_names)
         restore(state, folder, args)
