@@ -34,7 +34,7 @@ def make_training(args, device):
     from utils.trainer import TrainState, train_step
 
     config = load_config(None, [f"model.model_type={args.model}", f"model.in_size={args.in_size}", f"train.batchsize={args.batchsize}"])
-    state = TrainState(build_model(config.model).to(device), config, device)
+    state = TrainState(build_model(config.model, config.train).to(device), config, device)
     loss = EDMLoss(patch_size=state.net.patch_size)
     moments = torch.randn(args.batchsize, 8, args.in_size, args.in_size, device=device)
     labels = torch.arange(args.batchsize, device=device)

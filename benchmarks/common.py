@@ -54,35 +54,42 @@ def alternate(arms, args, device):
     """Run the arms in turn, round after round: {name: {"seconds": [per round], "first_s", "peak_bytes"}}.
 
     arms: {name: function without arguments}. first_s: wall-clock seconds of the very first call, compilation included.
-    peak_bytes: GPU memory that the arm's calls needed beyond what was there before; None on a CPU.
+    peak_bytes: most GPU memory that the arm's calls, warm-up included (CUDA graphs take theirs then), needed beyond what was there
+    before the first of them; None on a CPU.
     """
     clock = make_clock(device, args.threads)
     measured = {name: {"seconds": [], "first_s": None, "peak_bytes": None} for name in arms}
+    kept = dict.fromkeys(arms, 0)  # bytes that an arm's calls have left behind, AdamW's moments for one
     for number in range(args.warmup + args.rounds):
         for name, run in arms.items():
             begun = time.perf_counter()
-            seconds, peak = _timed(run, clock, device)
+            seconds, needed, left = _timed(run, clock, device)
             entry = measured[name]
             if number == 0:
                 entry["first_s"] = time.perf_counter() - begun
             if number >= args.warmup:
                 entry["seconds"].append(seconds)
-                entry["peak_bytes"] = peak if peak is None else max(peak, entry["peak_bytes"] or 0)
+            if device.type == "cuda":
+                entry["peak_bytes"] = max(kept[name] + needed, entry["peak_bytes"] or 0)
+                kept[name] += left
         print(f"  round {number + 1} of {args.warmup + args.rounds}", end="\r", file=sys.stderr, flush=True)
     return measured
 
 
 def _timed(run, clock, device):
-    """(seconds, bytes of GPU memory) of one call."""
+    """Of one call: seconds, bytes of GPU memory that it needed at most, bytes that it left allocated (0 on a CPU)."""
     import torch
 
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+    if device.type != "cuda":
+        begun = clock()
+        run()
+        return clock() - begun, 0, 0
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
     begun = clock()
     run()
     seconds = clock() - begun
-    return seconds, torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
+    return seconds, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
 
 
 def spread(values):

@@ -37,7 +37,6 @@ def make_arms(config, device):
     plain_net = build_model(config.model).to(device)
     state = TrainState(copy.deepcopy(plain_net), config, device)
     plain = PlainTraining(plain_net, config.train, device)
-    plain.optimizer.param_groups[0]["foreach"] = False  # as a loop over tensors, on GPUs too
     for net in (plain.net, state.net):
         generator = torch.Generator(device).manual_seed(0)
         for parameter in net.parameters():

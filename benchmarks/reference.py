@@ -197,7 +197,7 @@ class PlainTraining:
         self.net, self.train, self.device = PlainDenoiser(net), train_config, device
         self.ema = copy.deepcopy(self.net).requires_grad_(False)
         self.optimizer = torch.optim.AdamW([p for p in self.net.parameters() if p.requires_grad], lr=train_config.lr,
-                                           betas=train_config.betas, weight_decay=train_config.weight_decay)
+                                           betas=train_config.betas, weight_decay=train_config.weight_decay, foreach=False)
         self.scaler = torch.amp.GradScaler(device.type, enabled=effective_amp(train_config.amp, device) == "fp16")
 
     def step(self, latents, class_labels, generator):

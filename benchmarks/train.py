@@ -73,7 +73,10 @@ def make_arm(config, arm, device):
 
 def measure_case(args, size, ratio, amp, batch, device):
     """Table rows of one size, mask ratio, precision and batch: all its arms, and the matrix product, in turn."""
+    import torch
+
     gc.collect()  # the last case's networks, whose memory this one may need: they refer to themselves
+    torch.compiler.reset()  # and its graphs, which count towards the limit of graphs, beyond which nothing is compiled
     configs = {arm: case_config(args, size, ratio, amp, batch, arm) for arm in args.arms}
     product, product_flops = gemm_arm(device, amp)
     steps, weights_bytes = {}, {}

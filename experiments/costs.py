@@ -34,9 +34,12 @@ def parse_arguments(argv=None):
 
 def measure_arms(setting, args, device):
     """Rows {arm, seconds of each round, FLOPs of a step} of the arms that start fresh, ten steps a round."""
+    import torch
+
     from benchmarks.common import alternate
     from benchmarks.train import make_arm
 
+    torch.compiler.reset()
     names = [arm for arm in setting.arms if not setting.start(arm)]
     configs = {arm: arm_config(setting, arm, setting.seeds[0]) for arm in names}
     steps = {arm: make_arm(config, "ours", device) for arm, config in configs.items()}
@@ -47,6 +50,8 @@ def measure_arms(setting, args, device):
 
 def measure_steps(setting, args, device):
     """Rows {tokens, width, batch, arm, ms per step, FLOPs per image}: encoder of depth 4, decoder of depth 1 and half the width."""
+    import torch
+
     from benchmarks.common import alternate, spread
     from benchmarks.train import make_arm
 
@@ -54,6 +59,7 @@ def measure_steps(setting, args, device):
     for width in setting.costs["widths"]:
         for side in setting.costs["sides"]:
             batch = max(1, setting.costs["tokens_per_step"] // side**2)
+            torch.compiler.reset()  # each size has graphs of its own, and their number is limited
             configs = {arm: _step_config(side, width, batch, setting.amp, *ARMS[arm]) for arm in ARMS}
             measured = alternate({arm: make_arm(config, "ours", device) for arm, config in configs.items()}, args, device)
             for arm, config in configs.items():

@@ -186,8 +186,9 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
     config = arm_config(setting, arm, seed, eval={"every": every, "ref_path": "held-out"},
                         log={"log_every": every, "ckpt_every": every, "keep_last": 0})
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_num_steps=planned["steps"]))
+    torch.compiler.reset()  # the arms before have graphs of their own, and their number is limited
     torch.manual_seed(seed)
-    state = TrainState(build_model(config.model).to(device), config, device)
+    state = TrainState(build_model(config.model, config.train).to(device), config, device)
     snapshots = []
     latest = find_latest(folder / "checkpoints")
     if latest is not None:

@@ -4,7 +4,7 @@
 # What has its JSON already is not measured again. A part that fails is named at the end, and the others run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-PYTHON=$(bash scripts/env.sh) || exit 1
+PYTHON=$(bash scripts/env.sh --test) || exit 1  # --test: pytorch-fid, which fid is compared with
 out=benchmarks/results/gpu
 failed=()
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
@@ -41,7 +41,7 @@ measure loader loader
 "$PYTHON" -m benchmarks.plot "$out"/train_xl2_{plain,masked,dit}.json --output "$out/train_xl2.png" || failed+=(plot)
 "$PYTHON" -m benchmarks.plot "$out"/train_xl2_512px_{masked,dit}.json --output "$out/train_xl2_512px.png" || failed+=(plot_512px)
 "$PYTHON" -m benchmarks.plot "$out"/train_s2.json || failed+=(plot_s2)
-"$PYTHON" -m experiments.run --setting gpu && "$PYTHON" -m experiments.costs --setting gpu || failed+=(experiments)
+"$PYTHON" download_assets.py --name fashion-mnist && "$PYTHON" -m experiments.run --setting gpu && "$PYTHON" -m experiments.costs --setting gpu || failed+=(experiments)
 
 if ((${#failed[@]})); then
     echo "gpu_benchmarks: failed: ${failed[*]}" >&2

@@ -164,7 +164,7 @@ def image_decoder(vae_config, in_channels, device):
 
     def decode(latents):
         with autocast(vae_config.amp, device):
-            images = autoencoder.decode(latents)
+            images = autoencoder.decode(latents.to(device))
         return np.asarray(to_uint8(images).cpu())
 
     return decode

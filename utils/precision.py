@@ -40,17 +40,17 @@ def setup_backends(tf32, deterministic, compiled=False):
     """Set the process-wide switches of a run, once, from its script.
 
     tf32: float32 matrix products on GPUs may round their inputs to TF32 (10 bits of mantissa).
-    deterministic: GPU kernels whose result does not depend on thread order, which exact resume needs.
-    compiled: the run compiles blocks.
+    deterministic: GPU kernels whose result does not depend on thread order, which exact resume needs; an operation that has
+    none is an error that names it. (Mere warnings would leave attention's backward pass as it is.) compiled: the run compiles blocks.
     """
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
         if compiled:
-            torch.use_deterministic_algorithms(True, warn_only=True)  # tells the compiler too
+            torch.use_deterministic_algorithms(True)  # tells the compiler too
         else:
-            torch.set_deterministic_debug_mode("warn")  # the same without loading the compiler, which takes seconds
+            torch.set_deterministic_debug_mode("error")  # the same without loading the compiler, which takes seconds
         # True also fills every new tensor with NaN to catch reads of uninitialised memory: a debugging aid that costs a pass
         torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -113,8 +113,11 @@ def compile_options(train, num_tokens):
     """
     torch._dynamo.config.optimize_ddp = False  # it splits graphs so that gradients are sent early; blocks are small enough as they are
     if train.cuda_graphs:
-        torch._dynamo.config.recompile_limit = num_tokens // train.token_multiple + 8  # every count, and the decoder
+        # for every count, and the decoder; newer names of this limit are aliases of it
+        torch._dynamo.config.cache_size_limit = num_tokens // train.token_multiple + 8
         return {"mode": "reduce-overhead", "dynamic": False}
+    # A batch that happens to equal a number of tokens is another size all the same: one graph, however the run was started.
+    torch.fx.experimental._config.use_duck_shape = not train.mask_ratio_varies
     return {"dynamic": train.mask_ratio_varies}
 
 

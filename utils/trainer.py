@@ -146,8 +146,7 @@ def train_step(state, model, loss, batch, labels, encode, generator):
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate(train, state.images_seen - state.start_images, state.progress)
 
-    if train.cuda_graphs:
-        torch.compiler.cudagraph_mark_step_begin()  # what the graphs put out in the last step may be overwritten
+    _begin_pass(train)
     losses = torch.zeros(3, dtype=torch.float64, device=state.device)
     rounds = list(zip(batch.chunk(train.grad_accum), labels.chunk(train.grad_accum)))
     for i, (part, part_labels) in enumerate(rounds):
@@ -358,12 +357,18 @@ def _rehearse(state, model, loss):
     in a resumed one: no step depends on where the run was started.
     """
     net, train = state.net, state.config.train
+    _begin_pass(train)
     latents = torch.zeros(train.batchsize // train.grad_accum, net.in_channels, net.in_size, net.in_size, device=state.device)
     labels = torch.zeros(len(latents), dtype=torch.int64, device=state.device) if net.num_classes else None
     with autocast(train.amp, state.device):
         parts = loss.parts(model, latents, labels, train.mask_ratio, torch.Generator(state.device).manual_seed(0))
     (parts.denoising + parts.mae).sum().backward()
     state.optimizer.zero_grad(set_to_none=True)
+
+
+def _begin_pass(train):
+    if train.cuda_graphs:
+        torch.compiler.cudagraph_mark_step_begin()  # what the graphs put out in the last pass may be overwritten, nothing sooner
 
 
 def _next_or_error(batches):
