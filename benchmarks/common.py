@@ -11,6 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough that memory does not limit the product
+MEMORY_SIZE = {"cpu": 2**26, "cuda": 2**28}  # large enough that caches do not help
 
 
 def add_common_arguments(parser, rounds):
@@ -20,15 +21,17 @@ def add_common_arguments(parser, rounds):
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
 
 
-def start(args, tf32=True, deterministic=False):
-    """The device to measure on, after the process-wide switches are set: those of train.tf32 and train.deterministic."""
+def start(args, tf32=True, deterministic=False, keep_memory=False):
+    """The device to measure on, after the process-wide switches are set, for the plain path too: see utils/precision.py."""
     import torch
 
     from utils import distributed
-    from utils.precision import setup_backends
+    from utils.precision import keep_freed_memory, setup_backends
 
     torch.set_num_threads(args.threads)
     setup_backends(tf32, deterministic, compiled=deterministic)
+    if keep_memory:
+        keep_freed_memory(distributed.device())
     return distributed.device()
 
 
@@ -114,6 +117,15 @@ def gemm_arm(device, amp):
     a = torch.randn(size, size, device=device, dtype=DTYPES.get(amp, torch.float32))
     b = torch.randn(size, size, device=device, dtype=a.dtype)
     return lambda: a @ b, 2 * size**3
+
+
+def memory_arm(device):
+    """A pass over large tensors, two read and one written, as an optimizer makes: what memory gives. Returns (function, bytes of a call)."""
+    import torch
+
+    numbers = MEMORY_SIZE[device.type]
+    average, source = torch.zeros(numbers, device=device), torch.ones(numbers, device=device)
+    return lambda: average.lerp_(source, 0.5), 12 * numbers
 
 
 def model_flops(model_config, mask_ratio=0.0, training=False):

@@ -4,19 +4,23 @@
 
 An arm is a whole step on stored moments: latents drawn, labels dropped, loss, backward, AdamW, EMA. `plain` is
 benchmarks/reference.py; `ours` is `utils.trainer.train_step`; `compiled` with compiled blocks, as on a GPU by itself; `unmasked` and
-`dit` are `ours` without masking and without masking and decoder (the paper's baseline), compiled with --set train.compile=true. All arms
-are in memory together: on a GPU that is too small for that, give fewer. Utilisation is model FLOPs over time over the best matrix product of the same run.
+`dit` are `ours` without masking and without masking and decoder (the paper's baseline), compiled with --set train.compile=true;
+`no_...` is `ours` without one of its speed-ups (train.switch_off). All arms are in memory together: on a GPU that is too small for
+that, give fewer. Utilisation is model FLOPs over time over the best matrix product of the same run.
 """
 
 import argparse
 import gc
 import itertools
+import typing
 
-from benchmarks.common import (add_common_arguments, alternate, gemm_arm, model_flops, print_table, speedup, spread,
-                               start, write_json)
+from benchmarks.common import (add_common_arguments, alternate, gemm_arm, memory_arm, model_flops, print_table, speedup,
+                               spread, start, write_json)
 from utils.cli import run
+from utils.config import SpeedUp
 
-ARMS = ("plain", "ours", "compiled", "unmasked", "dit")
+WITHOUT = ("no_embed_kept", "no_shuffled_decoder", "no_fused_adamw", "no_foreach_ema")  # those that one process can do with and without
+ARMS = ("plain", "ours", "compiled", "unmasked", "dit", *WITHOUT)
 COLUMNS = ("model", "masked", "amp", "batch", "arm", "ms/step", "img/s", "TFLOP/s", "of peak", "x plain", "GB", "first step s")
 
 
@@ -30,6 +34,8 @@ def parse_arguments(argv=None):
     parser.add_argument("--arms", nargs="+", default=["plain", "ours", "compiled"], choices=ARMS)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all arms but plain")
     parser.add_argument("--deterministic", action="store_true", help="only deterministic kernels, the default of training")
+    parser.add_argument("--without", nargs="+", default=[], choices=typing.get_args(SpeedUp), metavar="SPEED_UP",
+                        help=f"train.switch_off of all arms but plain: {' '.join(typing.get_args(SpeedUp))}")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
     add_common_arguments(parser, rounds=5)
     return parser.parse_args(argv)
@@ -39,10 +45,11 @@ def case_config(args, size, ratio, amp, batch, arm):
     from utils.config import load_config
 
     masked = {"unmasked": 0.0, "dit": 0.0}.get(arm, ratio)
+    off = [*args.without, *([arm.removeprefix("no_")] if arm.startswith("no_") else [])]
     return load_config(overrides=[
         f"model.model_type=DiT-{size}", f"model.in_size={args.in_size}", f"train.mask_ratio={masked}", f"train.amp={amp}",
         f"train.batchsize={batch}", f"model.use_decoder={arm != 'dit'}", f"train.compile={arm == 'compiled'}",
-        f"train.activation_checkpointing={args.checkpointing}", *args.set])
+        f"train.activation_checkpointing={args.checkpointing}", f"train.switch_off=[{','.join(off)}]", *args.set])
 
 
 def make_arm(config, arm, device):
@@ -79,13 +86,15 @@ def measure_case(args, size, ratio, amp, batch, device):
     torch.compiler.reset()  # and its graphs, which count towards the limit of graphs, beyond which nothing is compiled
     configs = {arm: case_config(args, size, ratio, amp, batch, arm) for arm in args.arms}
     product, product_flops = gemm_arm(device, amp)
+    memory_pass, pass_bytes = memory_arm(device)
     steps, weights_bytes = {}, {}
     for arm, config in configs.items():
         before = _allocated(device)
         steps[arm] = make_arm(config, arm, device)
         weights_bytes[arm] = _allocated(device) - before
-    measured = alternate(steps | {"peak": product}, args, device)
+    measured = alternate(steps | {"peak": product, "memory": memory_pass}, args, device)
     peak = product_flops / min(measured["peak"]["seconds"])
+    bandwidth = pass_bytes / min(measured["memory"]["seconds"])
     rows = []
     for arm, config in configs.items():
         flops = batch * model_flops(config.model, config.train.mask_ratio, training=True)
@@ -94,7 +103,8 @@ def measure_case(args, size, ratio, amp, batch, device):
         memory = entry["peak_bytes"] and (entry["peak_bytes"] + weights_bytes[arm]) / 1e9
         rows.append({"model": size, "masked": config.train.mask_ratio, "amp": amp, "batch": batch, "arm": arm,
                      "ms/step": {key: 1000 * value for key, value in seconds.items()}, "img/s": batch / seconds["median"],
-                     "TFLOP/s": rate / 1e12, "of peak": rate / peak, "peak TFLOP/s": peak / 1e12, "GB": memory,
+                     "TFLOP/s": rate / 1e12, "of peak": rate / peak, "peak TFLOP/s": peak / 1e12, "peak GB/s": bandwidth / 1e9,
+                     "GB": memory,
                      "x plain": speedup(measured, "plain", arm) if "plain" in steps and arm != "plain" else None,
                      "first step s": entry["first_s"]})
     return rows
@@ -108,12 +118,13 @@ def _allocated(device):
 
 def main():
     args = parse_arguments()
-    device = start(args, deterministic=args.deterministic)
+    device = start(args, deterministic=args.deterministic, keep_memory="keep_memory" not in args.without)
     rows = []
     for case in itertools.product(args.sizes, args.mask_ratio, args.amp, args.batchsize):
         found = measure_case(args, *case, device)
         print_table(found, COLUMNS)
-        print(f"peak of a {case[2]} matrix product: {found[0]['peak TFLOP/s']:.3g} TFLOP/s\n", flush=True)
+        print(f"peak of a {case[2]} matrix product: {found[0]['peak TFLOP/s']:.3g} TFLOP/s, of a pass over memory: "
+              f"{found[0]['peak GB/s']:.3g} GB/s\n", flush=True)
         rows += found
         write_json(args.json, device, in_size=args.in_size, rows=rows)
 

@@ -94,6 +94,15 @@ class LabelEmbedder(nn.Module):
 
 # ---- transformer
 
+def linear(layer, x):
+    """layer(x) for a linear layer with bias."""
+    if not torch.compiler.is_compiling() or x.device.type != "cpu":
+        return layer(x)
+    # A compiler adds the bias in whatever follows; on a CPU the product would want it copied into place beforehand.
+    product = F.linear(x, layer.weight)
+    return product + layer.bias.to(product.dtype)
+
+
 def attention(q, k, v):
     """Softmax attention of (B, heads, L, d) tensors."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
@@ -114,10 +123,10 @@ class Attention(nn.Module):
 
     def forward(self, tokens):
         batch_size, num_tokens, width = tokens.shape
-        qkv = self.qkv(tokens).view(batch_size, num_tokens, 3, self.num_heads, width // self.num_heads)
+        qkv = linear(self.qkv, tokens).view(batch_size, num_tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
         mixed = attention(q, k, v).transpose(1, 2).reshape(batch_size, num_tokens, width)
-        return self.proj(mixed)
+        return linear(self.proj, mixed)
 
 
 def gelu_tanh(x):
@@ -138,7 +147,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, tokens):
-        return self.fc2(gelu_tanh(self.fc1(tokens)))
+        return linear(self.fc2, gelu_tanh(linear(self.fc1, tokens)))
 
 
 def layer_norm(width):
