@@ -17,7 +17,7 @@ import typing
 from benchmarks.common import (add_common_arguments, alternate, gemm_arm, memory_arm, model_flops, print_table, speedup,
                                spread, start, write_json)
 from utils.cli import run
-from utils.config import SpeedUp
+from utils.config import SpeedUp, to_dict
 
 WITHOUT = ("no_embed_kept", "no_shuffled_decoder", "no_fused_adamw", "no_foreach_ema")  # those that one process can do with and without
 ARMS = ("plain", "ours", "compiled", "unmasked", "dit", *WITHOUT)
@@ -106,7 +106,7 @@ def measure_case(args, size, ratio, amp, batch, device):
                      "TFLOP/s": rate / 1e12, "of peak": rate / peak, "peak TFLOP/s": peak / 1e12, "peak GB/s": bandwidth / 1e9,
                      "GB": memory,
                      "x plain": speedup(measured, "plain", arm) if "plain" in steps and arm != "plain" else None,
-                     "first step s": entry["first_s"]})
+                     "first step s": entry["first_s"], "config": {key: to_dict(config)[key] for key in ("model", "train")}})
     return rows
 
 
