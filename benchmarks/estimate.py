@@ -1,13 +1,16 @@
 """Time, memory, energy and cost of a training run on GPUs, by arithmetic: no GPU needed, nothing measured here.
 
     python -m benchmarks.estimate --config configs/train/maskdit-latent-imagenet.yaml --gpus 8 --gpu h100
+    python -m benchmarks.estimate --measured benchmarks/results/train_cpu_*.json
 
 A step is its matrix products, its passes over activations, its optimizer's passes over the weights, its kernel launches and its
 exchange of gradients, each at the speed that the GPU reaches in practice. Their sum is the limit: no run is faster. What runs reach
 of it is known from the paper's six bars on 8 A100 (`--paper` compares them): 0.55 to 0.76, and the expected time is at their mean.
+`--measured` does the same arithmetic for steps that benchmarks.train has timed, with the speeds of products and memory of the same run.
 """
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +68,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--gpus", default="8", help="how many in all, one or several numbers, as in 8,64 (default 8)")
     parser.add_argument("--price", type=float, default=2.0, help="dollars per GPU and hour (default 2, an assumption: set your own)")
     parser.add_argument("--paper", action="store_true", help="compare with the paper's measurements on 8 A100 instead")
+    parser.add_argument("--measured", nargs="+", type=Path, metavar="FILE", help="compare with these JSON files of benchmarks.train instead")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     return parser.parse_known_args(argv)
 
@@ -121,18 +125,22 @@ class Estimate(NamedTuple):
 
 def step_time(config, gpu, num_gpus, optimizer="fused"):
     """Estimate of one step of `config` on each of num_gpus GPUs; train.batchsize is per GPU."""
+    peak = (gpu.tf32_tflops if config.train.amp == "no" else gpu.half_tflops) * 1e12 * PRODUCT_SHARE
+    own_work = step_parts(config, peak, gpu.memory_tb_per_s * 1e12 * MEMORY_SHARE, optimizer)
+    return own_work._replace(exchange=exchange_time(count_weights(config.model)[0], gpu, num_gpus))
+
+
+def step_parts(config, peak, bandwidth, optimizer="fused", launch_s=LAUNCH_S):
+    """Estimate of one step of `config` by one process. peak: FLOP/s of matrix products; bandwidth: bytes/s of passes over memory."""
     train, model = config.train, config.model
     ratio = mean_mask_ratio(train)
     weights, blocks = count_weights(model)
-    peak = (gpu.tf32_tflops if train.amp == "no" else gpu.half_tflops) * 1e12 * PRODUCT_SHARE
-    bandwidth = gpu.memory_tb_per_s * 1e12 * MEMORY_SHARE
     recomputed = 4 / 3 if train.activation_checkpointing else 1.0
     flops = recomputed * train.batchsize * model_flops(model, ratio, training=True)
     moved = recomputed * PASSES * train.batchsize * _activation_bytes(train, model, ratio)
     mode = "graphs" if train.cuda_graphs else "compiled" if _compiled(train) else "eager"
     kernels = blocks * KERNELS_PER_BLOCK[mode] * train.grad_accum + (750 if optimizer == "separate" else 50)
-    return Estimate(flops / peak, moved / bandwidth, weights * OPTIMIZER_BYTES[optimizer] / bandwidth, kernels * LAUNCH_S,
-                    exchange_time(weights, gpu, num_gpus))
+    return Estimate(flops / peak, moved / bandwidth, weights * OPTIMIZER_BYTES[optimizer] / bandwidth, kernels * launch_s, exchange=0.0)
 
 
 def _compiled(train):
@@ -202,6 +210,34 @@ def paper_rows():
     return rows
 
 
+def measured_rows(paths):
+    """Steps that benchmarks.train has timed beside this arithmetic, with what products and memory gave in the same run."""
+    rows = []
+    for path in paths:
+        try:
+            report = json.loads(path.read_text())
+            rows += [_measured_row(row, launch_s=0.0 if report["device"].startswith("CPU") else LAUNCH_S) for row in report["rows"]]
+        except OSError as error:
+            raise FileNotFoundError(f"--measured {path}: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"--measured {path}: wanted a file that benchmarks.train wrote with --json ({error!r})") from error
+    return rows
+
+
+def _measured_row(row, launch_s):
+    from utils.config import from_dict
+
+    config = from_dict(row["config"])
+    optimizer = "separate" if row["arm"] == "plain" else "fused"
+    limit = step_parts(config, row["peak TFLOP/s"] * 1e12, row["peak GB/s"] * 1e9, optimizer, launch_s).limit
+    seconds = row["ms/step"]["median"] / 1000
+    memory = memory_gb(config) - CONTEXT_GB
+    return {"model": row["model"], "masked": row["masked"], "amp": row["amp"], "batch": row["batch"], "arm": row["arm"],
+            "ms/step": 1000 * seconds, "limit": 1000 * limit, "reached": limit / seconds, "expected": 1000 * limit / REACHED,
+            "error": limit / REACHED / seconds - 1, "GB": row["GB"], "GB here": row["GB"] and memory,
+            "GB error": row["GB"] and memory / row["GB"] - 1}
+
+
 def geometric_mean(values):
     return math.exp(sum(map(math.log, values)) / len(values))
 
@@ -224,9 +260,9 @@ def _counts(text):
 def report(args, overrides):
     from utils.config import load_config
 
-    if args.paper:
-        rows = paper_rows()
-        print_table(rows, list(rows[0]))
+    if args.paper or args.measured:
+        rows = paper_rows() if args.paper else measured_rows(args.measured)
+        print_table(rows, [key for key in rows[0] if any(row[key] is not None for row in rows)])
         print(f"reached of the limit, geometric mean: {geometric_mean([row['reached'] for row in rows]):.3f}")
         return rows
     config = load_config(args.config, overrides)

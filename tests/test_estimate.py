@@ -1,6 +1,7 @@
 """The arithmetic of benchmarks/estimate.py: counted on the real network, worked by hand, and held against the paper's measurements."""
 
 import contextlib
+import json
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ import torch.nn.functional as F
 from benchmarks import estimate
 from models import create_model, layers, random_mask
 from utils.config import load_config
+
+
+TINY = ["model.model_type=DiT-S/2", "model.in_size=8", "model.depth=1", "model.width=32", "model.num_heads=2",
+        "model.decoder_depth=1", "model.decoder_width=32", "model.decoder_num_heads=2"]
 
 
 def kept_bytes(amp, batch, depth, decoder_depth):
@@ -97,6 +102,42 @@ def test_gradients_are_hidden_behind_the_backward_pass_as_far_as_it_lasts():
     assert estimate.exchange_time(100e6, estimate.GPUS["h100"], 1) == 0
     assert estimate.Estimate(2.0, 1.0, 0.5, 0.1, 1.5).limit == pytest.approx(3.5)
     assert estimate.Estimate(2.0, 1.0, 0.5, 0.1, 3.0).limit == pytest.approx(4.5)
+
+
+def test_measured_steps_are_compared_with_the_speeds_of_their_run(tmp_path, monkeypatch, capsys):
+    """A real (tiny) file of benchmarks.train; then the same with speeds that make the limit easy to work out."""
+    from benchmarks import train
+
+    path = tmp_path / "train.json"
+    monkeypatch.setattr(train, "start", lambda args, **switches: torch.device("cpu"))  # the switches would stay for other tests
+    monkeypatch.setattr("sys.argv", ["train.py", "--arms", "plain", "ours", "--batchsize", "1", "--rounds", "1", "--warmup", "0",
+                                     "--json", str(path), "--set", *TINY])
+    train.main()
+    report = json.loads(path.read_text())
+    args, overrides = estimate.parse_arguments(["--measured", str(path)])
+    rows = estimate.report(args, overrides)
+    assert [row["arm"] for row in rows] == ["plain", "ours"] and all(row["limit"] > 0 for row in rows)
+    assert "GB error" not in capsys.readouterr().out  # a CPU's memory is not measured
+    for row in report["rows"]:
+        row |= {"peak TFLOP/s": 1e9, "peak GB/s": 1e-9, "ms/step": {"median": 1e12}, "GB": 2.0}  # products for nothing, one byte a second
+    path.write_text(json.dumps(report))
+    plain, ours = estimate.measured_rows([path])
+    settings = load_config(overrides=[*TINY, "train.batchsize=1", "train.amp=bf16", "train.compile=false"])
+    weights, _ = estimate.count_weights(settings.model)
+    assert plain["limit"] - ours["limit"] == pytest.approx(1000 * weights * (68 - 52))
+    assert ours["reached"] == pytest.approx(ours["limit"] / 1e12) and ours["expected"] == pytest.approx(ours["limit"] / estimate.REACHED)
+    assert ours["GB here"] == pytest.approx(estimate.memory_gb(settings) - estimate.CONTEXT_GB)
+    assert ours["GB error"] == pytest.approx(ours["GB here"] / 2 - 1)
+
+
+@pytest.mark.parametrize("content, message", [(None, "No such file"), ("{", "wanted a file that benchmarks.train wrote"),
+                                              ('{"device": "CPU", "rows": [{}]}', "wanted a file that benchmarks.train wrote")])
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "some.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=f"--measured .*some.json: .*{message}"):
+        estimate.report(*estimate.parse_arguments(["--measured", str(path)]))
 
 
 def test_command_line_prints_a_row_per_gpu_and_count(capsys):
