@@ -37,7 +37,9 @@ def test_frozen_parameters_stay_bit_for_bit():
 def test_averages_lie_together_in_memory_and_are_ordinary_parameters_otherwise():
     net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False))
     ema = EMA(net, 0.5)
-    assert len({p.untyped_storage().data_ptr() for p in ema.net.parameters()}) == 1
+    for weights in (ema.net, net):
+        assert len({p.untyped_storage().data_ptr() for p in weights.parameters()}) == 1
+        assert all(p.data_ptr() % 64 == 0 for p in weights.parameters())
     assert {name: p.shape for name, p in ema.net.named_parameters()} == {name: p.shape for name, p in net.named_parameters()}
     assert all(p.is_contiguous() and isinstance(p, torch.nn.Parameter) for p in ema.net.parameters())
     net[0].weight.data.zero_()

@@ -4,20 +4,23 @@ import copy
 
 import torch
 
+ALIGNMENT = 64  # numbers: every tensor begins where kernels like it best
+
 
 class EMA:
     """`ema.net` is a frozen copy of `net` whose weights follow it: w_ema <- decay * w_ema + (1 - decay) * w.
 
-    foreach: update all tensors in one operation, which wants them together; else one after the other.
+    foreach: update all tensors in one operation, for which the weights of both networks are moved together in memory (so make this
+    before anything else gets hold of them); else one after the other.
     """
 
     def __init__(self, net, decay, foreach=True):
         self.decay, self.foreach = decay, foreach
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.averages = list(self.net.parameters())
+        self.averages, self.sources = list(self.net.parameters()), list(net.parameters())
         if foreach:
             _move_together(self.averages)
-        self.sources = list(net.parameters())
+            _move_together(self.sources)
 
     @torch.no_grad()
     def update(self):
@@ -31,6 +34,7 @@ class EMA:
 
 def _move_together(parameters):
     """Give parameters of one type one stretch of memory, in their order: a CPU follows it faster than pieces from all over."""
-    stretch = torch.cat([p.detach().flatten() for p in parameters])
-    for parameter, part in zip(parameters, stretch.split([p.numel() for p in parameters])):
-        parameter.data = part.view_as(parameter)
+    sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in parameters]
+    stretch = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+    for parameter, part in zip(parameters, stretch.split(sizes)):
+        parameter.data = part[:parameter.numel()].view_as(parameter).copy_(parameter.detach())
