@@ -71,7 +71,7 @@ def prepare_network(net, config, device):
     if amp != "no":
         net.cast_layers(DTYPES[amp])
     if use_compile("sample.compile", config.compile, device):
-        net.compile_blocks(dynamic=True)  # guided or not, and a smaller last batch: the same graphs
+        net.compile_blocks()  # for the batch that comes first; for any other (without guidance, the last one) once more, for all sizes
 
 
 def infer_model_config(weights, path):
