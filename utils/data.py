@@ -95,7 +95,7 @@ class BatchStream:
         self.next_batch = 0
         self.pending = deque()
         # A new thread stands on GPU 0, where leaving the copy stream would make a context for each process.
-        own_gpu = {"initializer": torch.cuda.set_device, "initargs": (self.device,)} if self.copy_stream is not None else {}
+        own_gpu = {"initializer": torch.cuda.set_device, "initargs": (self.copy_stream.device,)} if self.copy_stream is not None else {}
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="data", **own_gpu)
 
     def __iter__(self):
