@@ -119,11 +119,14 @@ def gemm_arm(device, amp):
     return lambda: a @ b, 2 * size**3
 
 
-def memory_arm(device):
-    """A pass over large tensors, two read and one written, as an optimizer makes: what memory gives. Returns (function, bytes of a call)."""
+def memory_arm(device, numbers=None):
+    """A pass over two single tensors, both read and one written, as an optimizer makes: what memory gives. Returns (function, bytes of a call).
+
+    numbers: of each tensor; None: enough that caches do not help.
+    """
     import torch
 
-    numbers = MEMORY_SIZE[device.type]
+    numbers = numbers or MEMORY_SIZE[device.type]
     average, source = torch.zeros(numbers, device=device), torch.ones(numbers, device=device)
     return lambda: average.lerp_(source, 0.5), 12 * numbers
 

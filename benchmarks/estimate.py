@@ -10,6 +10,7 @@ of it is known from the paper's six bars on 8 A100 (`--paper` compares them): 0.
 """
 
 import argparse
+import functools
 import json
 import math
 from pathlib import Path
@@ -67,8 +68,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--gpu", default="h100", help=f"one or several of {','.join(GPUS)} (default h100)")
     parser.add_argument("--gpus", default="8", help="how many in all, one or several numbers, as in 8,64 (default 8)")
     parser.add_argument("--price", type=float, default=2.0, help="dollars per GPU and hour (default 2, an assumption: set your own)")
-    parser.add_argument("--paper", action="store_true", help="compare with the paper's measurements on 8 A100 instead")
-    parser.add_argument("--measured", nargs="+", type=Path, metavar="FILE", help="compare with these JSON files of benchmarks.train instead")
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument("--paper", action="store_true", help="compare with the paper's measurements on 8 A100 instead")
+    compared.add_argument("--measured", nargs="+", type=Path, metavar="FILE", help="compare with these JSON files of benchmarks.train instead")
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     return parser.parse_known_args(argv)
 
@@ -86,6 +88,7 @@ def activation_units(model, mask_ratio):
     return units + (model.decoder_depth * model.decoder_width * tokens if model.use_decoder else 0)
 
 
+@functools.cache
 def count_weights(model):
     """(trained weights, transformer blocks) of a ModelConfig."""
     import torch
@@ -216,6 +219,8 @@ def measured_rows(paths):
     for path in paths:
         try:
             report = json.loads(path.read_text())
+            if not report["rows"]:
+                raise ValueError("it has no rows")
             rows += [_measured_row(row, launch_s=0.0 if report["device"].startswith("CPU") else LAUNCH_S) for row in report["rows"]]
         except OSError as error:
             raise FileNotFoundError(f"--measured {path}: {error.strerror}") from error

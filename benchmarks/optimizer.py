@@ -9,7 +9,7 @@ of two single tensors with as many numbers; `of memory` is the share of its GB/s
 
 import argparse
 
-from benchmarks.common import add_common_arguments, alternate, print_table, speedup, spread, start, write_json
+from benchmarks.common import add_common_arguments, alternate, memory_arm, print_table, speedup, spread, start, write_json
 from utils.cli import run
 
 BYTES = {"AdamW": 28, "EMA": 12}
@@ -43,10 +43,9 @@ def make_arms(config, device):
             if parameter.requires_grad:
                 parameter.grad = torch.randn(parameter.shape, generator=generator, device=device)
     weights = sum(p.numel() for p in plain.net.parameters())
-    average, source = torch.zeros(weights, device=device), torch.ones(weights, device=device)
     arms = {("AdamW", "plain"): plain.optimizer.step, ("AdamW", "ours"): state.optimizer.step,
             ("EMA", "plain"): plain.update_ema, ("EMA", "ours"): state.ema.update,
-            ("EMA", "memory"): lambda: average.lerp_(source, 1 - config.train.ema_decay)}
+            ("EMA", "memory"): memory_arm(device, weights)[0]}
     return arms, weights
 
 

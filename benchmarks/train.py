@@ -12,12 +12,11 @@ that, give fewer. Utilisation is model FLOPs over time over the best matrix prod
 import argparse
 import gc
 import itertools
-import typing
 
 from benchmarks.common import (add_common_arguments, alternate, gemm_arm, memory_arm, model_flops, print_table, speedup,
                                spread, start, write_json)
 from utils.cli import run
-from utils.config import SpeedUp, to_dict
+from utils.config import to_dict
 
 WITHOUT = ("no_embed_kept", "no_shuffled_decoder", "no_fused_adamw", "no_foreach_ema")  # those that one process can do with and without
 ARMS = ("plain", "ours", "compiled", "unmasked", "dit", *WITHOUT)
@@ -34,8 +33,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--arms", nargs="+", default=["plain", "ours", "compiled"], choices=ARMS)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all arms but plain")
     parser.add_argument("--deterministic", action="store_true", help="only deterministic kernels, the default of training")
-    parser.add_argument("--without", nargs="+", default=[], choices=typing.get_args(SpeedUp), metavar="SPEED_UP",
-                        help=f"train.switch_off of all arms but plain: {' '.join(typing.get_args(SpeedUp))}")
+    parser.add_argument("--no_keep_memory", action="store_true", help="without the speed-up keep_memory, which the arms of a process share")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
     add_common_arguments(parser, rounds=5)
     return parser.parse_args(argv)
@@ -45,11 +43,11 @@ def case_config(args, size, ratio, amp, batch, arm):
     from utils.config import load_config
 
     masked = {"unmasked": 0.0, "dit": 0.0}.get(arm, ratio)
-    off = [*args.without, *([arm.removeprefix("no_")] if arm.startswith("no_") else [])]
+    off = arm.removeprefix("no_") if arm.startswith("no_") else ""
     return load_config(overrides=[
         f"model.model_type=DiT-{size}", f"model.in_size={args.in_size}", f"train.mask_ratio={masked}", f"train.amp={amp}",
         f"train.batchsize={batch}", f"model.use_decoder={arm != 'dit'}", f"train.compile={arm == 'compiled'}",
-        f"train.activation_checkpointing={args.checkpointing}", f"train.switch_off=[{','.join(off)}]", *args.set])
+        f"train.activation_checkpointing={args.checkpointing}", f"train.switch_off=[{off}]", *args.set])
 
 
 def make_arm(config, arm, device):
@@ -118,7 +116,7 @@ def _allocated(device):
 
 def main():
     args = parse_arguments()
-    device = start(args, deterministic=args.deterministic, keep_memory="keep_memory" not in args.without)
+    device = start(args, deterministic=args.deterministic, keep_memory=not args.no_keep_memory)
     rows = []
     for case in itertools.product(args.sizes, args.mask_ratio, args.amp, args.batchsize):
         found = measure_case(args, *case, device)

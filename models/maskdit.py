@@ -111,8 +111,8 @@ class MaskDiT(nn.Module):
         """x: (B, C, H, W) scaled input. c_noise: (B,) or (1,). class_labels: (B,) or None. Returns (B, C, H, W).
 
         modulations: see `modulations`; c_noise and class_labels are then not looked at.
-        With a mask the tokens stay in its shuffled order from the first layer to the last: only the p*p*C
-        input and output values of the patches are ever moved.
+        With a mask the tokens stay in its shuffled order from the first layer to the last (see shuffled_decoder and embed_kept): only
+        the p*p*C input and output values of the patches are ever moved.
         """
         if mask is not None and not self.use_decoder:
             raise ValueError("a mask needs the decoder: make the model with use_decoder=True, or train it unmasked")
@@ -134,11 +134,10 @@ class MaskDiT(nn.Module):
 
     def _embed(self, patches, mask):
         """patches (B, L, p*p*C) -> tokens of those that the mask keeps (B, L_keep, D)."""
-        if mask is None:
-            return self.x_embedder(patches) + self.pos_embed
-        if self.embed_kept:
+        if mask is not None and self.embed_kept:
             return self.x_embedder(gather_tokens(patches, mask.ids_keep)) + _pick(self.pos_embed, mask.ids_keep)
-        return gather_tokens(self.x_embedder(patches) + self.pos_embed, mask.ids_keep)
+        tokens = self.x_embedder(patches) + self.pos_embed
+        return tokens if mask is None else gather_tokens(tokens, mask.ids_keep)
 
     def embed_conditioning(self, c_noise, class_labels):
         """c (B, D); or (1, D), shared by the batch, when there is one c_noise and no label."""

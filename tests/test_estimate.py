@@ -131,7 +131,8 @@ def test_measured_steps_are_compared_with_the_speeds_of_their_run(tmp_path, monk
 
 
 @pytest.mark.parametrize("content, message", [(None, "No such file"), ("{", "wanted a file that benchmarks.train wrote"),
-                                              ('{"device": "CPU", "rows": [{}]}', "wanted a file that benchmarks.train wrote")])
+                                              ('{"device": "CPU", "rows": [{}]}', "wanted a file that benchmarks.train wrote"),
+                                              ('{"device": "CPU", "rows": []}', "it has no rows")])
 def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "some.json"
     if content is not None:

@@ -91,7 +91,7 @@ class BatchStream:
         self.device = torch.device(device)
         self.copy_stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         num_threads = max(1, num_workers)
-        self.depth = prefetch and prefetch + num_threads - 1
+        self.depth = prefetch + num_threads - 1 if prefetch else 0
         self.next_batch = 0
         self.pending = deque()
         # A new thread stands on GPU 0, where leaving the copy stream would make a context for each process.

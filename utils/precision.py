@@ -58,7 +58,7 @@ def setup_backends(tf32, deterministic, compiled=False):
 def keep_freed_memory(device):
     """On a CPU: keep memory that was freed for what is allocated next, instead of giving it back to the system each time.
 
-    Otherwise the system clears the pages of every large array anew, a tenth of a training step. The process stays as large
+    Otherwise the system clears the pages of every large array anew, 5 to 10 % of a training step. The process stays as large
     as it has once been. Does nothing where the C library is not glibc.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -40,8 +40,8 @@ class TrainState:
         self.net, self.config, self.device, self.class_names = net, config, device, class_names
         self.ema = EMA(net, train.ema_decay, foreach=train.uses("foreach_ema"))
         trainable = [p for p in net.parameters() if p.requires_grad]
-        kernel = {"fused": True} if train.uses("fused_adamw") else {"fused": False, "foreach": False}
-        self.optimizer = torch.optim.AdamW(trainable, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay, **kernel)
+        self.optimizer = torch.optim.AdamW(trainable, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay,
+                                           fused=train.uses("fused_adamw"), foreach=False)
         self.stepper = Stepper(self.optimizer, train.amp, device, train.grad_clip, train.max_bad_steps)
         self.step = self.images_seen = self.start_step = self.start_images = 0
         self.log_position = None
