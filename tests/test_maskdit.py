@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import models
-from models.layers import gelu_tanh, patchify, sincos_positions, unpatchify
+from models.layers import attention, gelu_tanh, patchify, sincos_positions, unpatchify
 
 PARAMETER_COUNTS = {"S": 68_346_496, "B": 175_909_888, "L": 510_176_512, "XL": 730_541_440, "H": 1_010_002_432}
 TINY = dict(depth=2, width=24, num_heads=3, decoder_depth=2, decoder_width=16, decoder_num_heads=2)
@@ -162,6 +162,26 @@ def test_layers_cast_once_give_the_numbers_of_autocast(batch):
         expected = net(*batch)
         net.cast_layers(torch.bfloat16)
         assert torch.equal(net(*batch), expected)
+
+
+@pytest.mark.parametrize("sharpness", [1, 30])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bfloat16_attention_on_a_cpu_is_softmax_attention(compiled, sharpness):
+    """sharpness 30: scores up to 130, whose exponentials overflow unless the largest is taken off first."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 3, 64, 32, generator=generator).mul(factor).bfloat16().requires_grad_() for factor in (sharpness, 1, 1)]
+    direction = torch.randn(2, 3, 64, 32, generator=generator)
+    form = torch.compile(attention, backend="eager") if compiled else attention
+
+    def output_and_gradients(function, inputs):
+        output = function(*inputs)
+        return output, *torch.autograd.grad((output.float() * direction).sum(), inputs)
+
+    exact = output_and_gradients(F.scaled_dot_product_attention, [tensor.float() for tensor in inputs])
+    for rounded, wanted in zip(output_and_gradients(form, inputs), exact):
+        assert rounded.dtype == torch.bfloat16
+        # every number is rounded to 2^-9 several times, scores too, which exp magnifies
+        assert (rounded.float() - wanted).norm() / wanted.norm() < (0.01 if sharpness == 1 else 0.1)
 
 
 def test_gelu_of_compiled_blocks_is_the_same_function():
