@@ -1,6 +1,8 @@
 """What the benchmarks share: arms that take turns, clocks, the peak of matrix products, FLOPs, tables and JSON files."""
 
+import itertools
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -23,6 +25,7 @@ def add_common_arguments(parser, rounds):
 
 def start(args, tf32=True, deterministic=False, keep_memory=False):
     """The device to measure on, after the process-wide switches are set, for the plain path too: see utils/precision.py."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, tells whenever it starts and stops
     import torch
 
     from utils import distributed
@@ -53,46 +56,60 @@ def make_clock(device, threads):
     return clock
 
 
-def alternate(arms, args, device):
+def alternate(arms, args, device, memory=False):
     """Run the arms in turn, round after round: {name: {"seconds": [per round], "first_s", "peak_bytes"}}.
 
     arms: {name: function without arguments}. first_s: wall-clock seconds of the very first call, compilation included.
-    peak_bytes: most GPU memory that the arm's calls, warm-up included (CUDA graphs take theirs then), needed beyond what was there
-    before the first of them; None on a CPU.
+    peak_bytes: most memory that the arm's calls, warm-up included (CUDA graphs take theirs then), needed beyond what was there
+    before the first of them. On a CPU it is looked for if `memory`, in the warm-up rounds, of which it takes two: what the first call
+    leaves behind, AdamW's moments for one, counts in the second; else None.
     """
     clock = make_clock(device, args.threads)
+    memory = device.type == "cuda" or (memory and args.warmup >= 2)
     measured = {name: {"seconds": [], "first_s": None, "peak_bytes": None} for name in arms}
-    kept = dict.fromkeys(arms, 0)  # bytes that an arm's calls have left behind, AdamW's moments for one
+    kept = dict.fromkeys(arms, 0)  # bytes that an arm's calls have left behind
     for number in range(args.warmup + args.rounds):
         for name, run in arms.items():
-            begun = time.perf_counter()
-            seconds, needed, left = _timed(run, clock, device)
             entry = measured[name]
+            begun = time.perf_counter()
+            if device.type == "cuda" or (memory and number < args.warmup):
+                seconds, needed, left = watch_memory(lambda run=run: _timed(run, clock), device)
+                entry["peak_bytes"] = max(kept[name] + needed, entry["peak_bytes"] or 0)
+                kept[name] += left
+            else:
+                seconds = _timed(run, clock)
             if number == 0:
                 entry["first_s"] = time.perf_counter() - begun
             if number >= args.warmup:
                 entry["seconds"].append(seconds)
-            if device.type == "cuda":
-                entry["peak_bytes"] = max(kept[name] + needed, entry["peak_bytes"] or 0)
-                kept[name] += left
         print(f"  round {number + 1} of {args.warmup + args.rounds}", end="\r", file=sys.stderr, flush=True)
     return measured
 
 
-def _timed(run, clock, device):
-    """Of one call: seconds, bytes of GPU memory that it needed at most, bytes that it left allocated (0 on a CPU)."""
-    import torch
-
-    if device.type != "cuda":
-        begun = clock()
-        run()
-        return clock() - begun, 0, 0
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
+def _timed(run, clock):
     begun = clock()
     run()
-    seconds = clock() - begun
-    return seconds, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+    return clock() - begun
+
+
+def watch_memory(run, device):
+    """What run() returns, the bytes of tensors on the device that it needed at most, and those that it left.
+
+    On a CPU torch's profiler counts them, which takes time.
+    """
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = run()
+        return result, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as observed:
+        result = run()
+    changes = [event for event in observed.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    held = list(itertools.accumulate((event.nbytes() for event in changes), initial=0))
+    return result, max(held), held[-1]
 
 
 def spread(values):

@@ -4,17 +4,18 @@
     python -m benchmarks.plot A.json B.json --output both.png               # one picture of several files of one device
 
 One group of bars per model, precision and batch, one bar per arm: median, with lines from the slowest to the fastest round. Memory is
-drawn where it was measured, on GPUs.
+drawn where it was measured: on GPUs, and on CPUs with two warm-up rounds.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from benchmarks.train import ARMS
+from benchmarks.train import ARMS, WITHOUT
 from utils.cli import run
 
 TITLES = {"plain": "plain path", "ours": "half masked", "compiled": "half masked, compiled", "unmasked": "unmasked", "dit": "DiT, no decoder"}
+TITLES |= {arm: f"half masked, {arm.replace('_', ' ')}" for arm in WITHOUT}
 
 
 def parse_arguments(argv=None):

@@ -5,7 +5,7 @@
 An arm samples one batch of latents as generate.py does. `plain` is benchmarks/reference.py: everything computed at every call;
 `ours` is `utils.generation.sample_latents`; `compiled` with compiled blocks; `interval` is `ours` with guidance only for sigma in
 (0.28, 2.9], which changes the images. `difference` is the largest of any latent from the plain path's of the same precision.
-Utilisation is FLOPs of the network over time over the best matrix product of the same run.
+Utilisation is FLOPs of the network over time over the best matrix product of the same run. GB is what a batch needs beside the weights.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def measure_case(args, size, amp, steps, cfg_scale, batch, device):
     def keep(arm):
         latents[arm] = samplers[arm]()
 
-    measured = alternate({arm: lambda arm=arm: keep(arm) for arm in samplers} | {"peak": product}, args, device)
+    measured = alternate({arm: lambda arm=arm: keep(arm) for arm in samplers} | {"peak": product}, args, device, memory=True)
     peak = product_flops / min(measured["peak"]["seconds"])
     rows = []
     for arm, config in configs.items():

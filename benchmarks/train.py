@@ -14,7 +14,7 @@ import gc
 import itertools
 
 from benchmarks.common import (add_common_arguments, alternate, gemm_arm, memory_arm, model_flops, print_table, speedup,
-                               spread, start, write_json)
+                               spread, start, watch_memory, write_json)
 from utils.cli import run
 from utils.config import to_dict
 
@@ -87,10 +87,8 @@ def measure_case(args, size, ratio, amp, batch, device):
     memory_pass, pass_bytes = memory_arm(device)
     steps, weights_bytes = {}, {}
     for arm, config in configs.items():
-        before = _allocated(device)
-        steps[arm] = make_arm(config, arm, device)
-        weights_bytes[arm] = _allocated(device) - before
-    measured = alternate(steps | {"peak": product, "memory": memory_pass}, args, device)
+        steps[arm], _, weights_bytes[arm] = watch_memory(lambda: make_arm(config, arm, device), device)
+    measured = alternate(steps | {"peak": product, "memory": memory_pass}, args, device, memory=True)
     peak = product_flops / min(measured["peak"]["seconds"])
     bandwidth = pass_bytes / min(measured["memory"]["seconds"])
     rows = []
@@ -106,12 +104,6 @@ def measure_case(args, size, ratio, amp, batch, device):
                      "x plain": speedup(measured, "plain", arm) if "plain" in steps and arm != "plain" else None,
                      "first step s": entry["first_s"], "config": {key: to_dict(config)[key] for key in ("model", "train")}})
     return rows
-
-
-def _allocated(device):
-    import torch
-
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def main():

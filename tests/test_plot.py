@@ -36,6 +36,11 @@ def test_memory_is_drawn_where_it_was_measured(tmp_path, monkeypatch, memory, wi
         assert (picture.width > 2 * picture.height) == wide
 
 
+def test_every_arm_has_a_bar(tmp_path):
+    plot.draw([row(arm, (2, 1, 3)) for arm in plot.ARMS], "CPU", tmp_path / "all.png")
+    assert plot.TITLES.keys() == set(plot.ARMS)
+
+
 def test_files_of_one_device_can_share_a_picture(tmp_path, monkeypatch):
     files = [write(tmp_path / f"{arm}.json", [row(arm, (2, 1, 3))]) for arm in ("ours", "dit")]
     drawn = []
