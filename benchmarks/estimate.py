@@ -45,12 +45,14 @@ LINK_SHARE = 0.8            # assumed: NCCL's all-reduce of large buckets, of th
 NODE_NETWORK_GB_PER_S = 400  # assumed: eight 400 Gbit/s adapters in a node of eight GPUs
 LAUNCH_S = 6e-6             # 25 ms for the 4,200 kernels of an eager step
 KERNELS_PER_BLOCK = {"eager": 96, "compiled": 32, "graphs": 1}  # forward and backward; eager counted, the others assumed
-# Bytes kept for the backward pass per token, block and unit of width (a test counts them); compiled blocks keep two thirds.
+# Bytes kept for the backward pass per token, block and unit of width (a test counts them).
 ACTIVATION_BYTES = {"no": 80, "fp16": 48, "bf16": 48}
-COMPILED_SHARE = 2 / 3
-PASSES = 4.63               # over the kept activations in one step, forward and backward
+COMPILED_ACTIVATION_BYTES = {"no": 68, "fp16": 36, "bf16": 36}
+PASSES = 4.63               # over eager's kept activations in one step, forward and backward
+COMPILED_SHARE = 2 / 3      # of these passes, left by fused kernels
 OPTIMIZER_BYTES = {"fused": 52, "separate": 68}  # moved per weight by fused AdamW and foreach EMA, and by unfused ones
-STATE_BYTES = 4 + 4 + 8 + 4  # per weight: itself, gradient, AdamW's two moments, EMA
+STATE_BYTES = 4 + 8 + 4     # per weight: itself, AdamW's two moments, EMA
+GRADIENT_BYTES = 4          # per weight
 CONTEXT_GB = 1.0            # CUDA context, cuBLAS workspace, fragmentation
 REACHED = 0.64              # of the limit, by the paper's runs: see paper_rows
 
@@ -140,7 +142,8 @@ def step_parts(config, peak, bandwidth, optimizer="fused", launch_s=LAUNCH_S):
     weights, blocks = count_weights(model)
     recomputed = 4 / 3 if train.activation_checkpointing else 1.0
     flops = recomputed * train.batchsize * model_flops(model, ratio, training=True)
-    moved = recomputed * PASSES * train.batchsize * _activation_bytes(train, model, ratio)
+    passes = PASSES * (COMPILED_SHARE if _compiled(train) else 1.0)
+    moved = recomputed * passes * train.batchsize * activation_units(model, ratio) * ACTIVATION_BYTES[train.amp]
     mode = "graphs" if train.cuda_graphs else "compiled" if _compiled(train) else "eager"
     kernels = blocks * KERNELS_PER_BLOCK[mode] * train.grad_accum + (750 if optimizer == "separate" else 50)
     return Estimate(flops / peak, moved / bandwidth, weights * OPTIMIZER_BYTES[optimizer] / bandwidth, kernels * launch_s, exchange=0.0)
@@ -148,11 +151,6 @@ def step_parts(config, peak, bandwidth, optimizer="fused", launch_s=LAUNCH_S):
 
 def _compiled(train):
     return train.compile is not False  # auto compiles on all of these GPUs
-
-
-def _activation_bytes(train, model, ratio):
-    share = COMPILED_SHARE if _compiled(train) else 1.0
-    return activation_units(model, ratio) * ACTIVATION_BYTES[train.amp] * share
 
 
 def exchange_time(weights, gpu, num_gpus):
@@ -163,18 +161,23 @@ def exchange_time(weights, gpu, num_gpus):
 
 # ---- memory
 
-def memory_gb(config):
-    """GB (1e9 bytes) of one GPU in training: weights with all that belongs to them, activations of one round, and the context."""
+def memory_gb(config, gradients_stay):
+    """GB (1e9 bytes) of one GPU in training: weights with all that belongs to them, activations of one round, and the context.
+
+    In the backward pass gradients come as activations go, so that the larger of the two counts; but both do if the gradients stay
+    through the forward pass, as in DDP's buckets and between the rounds of an accumulated batch.
+    """
     train, model = config.train, config.model
-    weights, _ = count_weights(model)
+    weights, blocks = count_weights(model)
     images = train.batchsize // train.grad_accum
     ratio = train.mask_ratio_min if train.mask_ratio_varies else train.mask_ratio  # the most tokens of the run
-    activations = _activation_bytes(train, model, ratio)
+    activations = activation_units(model, ratio) * (COMPILED_ACTIVATION_BYTES if _compiled(train) else ACTIVATION_BYTES)[train.amp]
     if train.activation_checkpointing:  # the input of every block, float32, and all of one block
-        _, blocks = count_weights(model)
         activations = 4 * activation_units(model, ratio) + activations / blocks
     low_precision_copy = 0 if train.amp == "no" else 2  # made by autocast, kept until the backward pass
-    return (weights * (STATE_BYTES + low_precision_copy) + images * activations) / 1e9 + CONTEXT_GB
+    kept, gradients = images * activations + weights * low_precision_copy, weights * GRADIENT_BYTES
+    both = kept + gradients if gradients_stay or train.grad_accum > 1 else max(kept, gradients)
+    return (weights * STATE_BYTES + both) / 1e9 + CONTEXT_GB
 
 
 # ---- reports
@@ -185,7 +188,7 @@ def run_row(config, name, num_gpus, price):
     parts = step_time(config, gpu, num_gpus)
     seconds = parts.limit / REACHED
     hours = train.max_num_steps * seconds / 3600
-    memory = memory_gb(config)
+    memory = memory_gb(config, gradients_stay=num_gpus > 1)
     return {"gpus": f"{num_gpus} {name}", "batch": train.batchsize * num_gpus, "limit steps/s": 1 / parts.limit, "steps/s": 1 / seconds,
             "img/s per GPU": train.batchsize / seconds, "GB": memory, "fits": "yes" if memory < gpu.memory_gb * 2**30 / 1e9 else "no",
             "hours": hours, "MWh": hours * num_gpus * gpu.watts / 1e6, "$": hours * num_gpus * price,
@@ -206,7 +209,7 @@ def paper_rows():
     for (name, decoder, amp, batch), (steps, gigabytes) in PAPER_BARS.items():
         config = paper_config(decoder, amp, batch)
         limit = 1 / step_time(config, GPUS["a100"], 8, optimizer="separate").limit
-        memory = memory_gb(config)
+        memory = memory_gb(config, gradients_stay=True)
         rows.append({"run": name, "batch": batch, "steps/s": steps, "limit": limit, "reached": steps / limit,
                      "expected": limit * REACHED, "error": limit * REACHED / steps - 1, "GB": float(gigabytes), "GB here": memory,
                      "GB error": memory / gigabytes - 1})
@@ -236,7 +239,7 @@ def _measured_row(row, launch_s):
     optimizer = "separate" if row["arm"] == "plain" else "fused"
     limit = step_parts(config, row["peak TFLOP/s"] * 1e12, row["peak GB/s"] * 1e9, optimizer, launch_s).limit
     seconds = row["ms/step"]["median"] / 1000
-    memory = memory_gb(config) - CONTEXT_GB
+    memory = memory_gb(config, gradients_stay=row["arm"] == "plain") - CONTEXT_GB
     return {"model": row["model"], "masked": row["masked"], "amp": row["amp"], "batch": row["batch"], "arm": row["arm"],
             "ms/step": 1000 * seconds, "limit": 1000 * limit, "reached": limit / seconds, "expected": 1000 * limit / REACHED,
             "error": limit / REACHED / seconds - 1, "GB": row["GB"], "GB here": row["GB"] and memory,
