@@ -65,14 +65,15 @@ def alternate(arms, args, device, memory=False):
     leaves behind, AdamW's moments for one, counts in the second; else None.
     """
     clock = make_clock(device, args.threads)
-    memory = device.type == "cuda" or (memory and args.warmup >= 2)
+    rounds = args.warmup + args.rounds
+    watched = rounds if device.type == "cuda" else args.warmup if memory and args.warmup >= 2 else 0
     measured = {name: {"seconds": [], "first_s": None, "peak_bytes": None} for name in arms}
     kept = dict.fromkeys(arms, 0)  # bytes that an arm's calls have left behind
-    for number in range(args.warmup + args.rounds):
+    for number in range(rounds):
         for name, run in arms.items():
             entry = measured[name]
             begun = time.perf_counter()
-            if device.type == "cuda" or (memory and number < args.warmup):
+            if number < watched:
                 seconds, needed, left = watch_memory(lambda run=run: _timed(run, clock), device)
                 entry["peak_bytes"] = max(kept[name] + needed, entry["peak_bytes"] or 0)
                 kept[name] += left
@@ -82,7 +83,7 @@ def alternate(arms, args, device, memory=False):
                 entry["first_s"] = time.perf_counter() - begun
             if number >= args.warmup:
                 entry["seconds"].append(seconds)
-        print(f"  round {number + 1} of {args.warmup + args.rounds}", end="\r", file=sys.stderr, flush=True)
+        print(f"  round {number + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
     return measured
 
 

@@ -6,7 +6,8 @@ An arm is a whole step on stored moments: latents drawn, labels dropped, loss, b
 benchmarks/reference.py; `ours` is `utils.trainer.train_step`; `compiled` with compiled blocks, as on a GPU by itself; `unmasked` and
 `dit` are `ours` without masking and without masking and decoder (the paper's baseline), compiled with --set train.compile=true;
 `no_...` is `ours` without one of its speed-ups (train.switch_off). All arms are in memory together: on a GPU that is too small for
-that, give fewer. Utilisation is model FLOPs over time over the best matrix product of the same run.
+that, give fewer. Utilisation is model FLOPs over time over the best matrix product of the same run. GB is the most that an arm's tensors
+take at once, weights, moments and EMA included; on CPUs it wants two warm-up rounds.
 """
 
 import argparse
