@@ -72,15 +72,14 @@ def alternate(arms, args, device, memory=False):
     for number in range(rounds):
         for name, run in arms.items():
             entry = measured[name]
-            begun = time.perf_counter()
             if number < watched:
-                seconds, needed, left = watch_memory(lambda run=run: _timed(run, clock), device)
+                (seconds, by_wall_clock), needed, left = watch_memory(lambda run=run: _timed(run, clock), device)
                 entry["peak_bytes"] = max(kept[name] + needed, entry["peak_bytes"] or 0)
                 kept[name] += left
             else:
-                seconds = _timed(run, clock)
+                seconds, by_wall_clock = _timed(run, clock)
             if number == 0:
-                entry["first_s"] = time.perf_counter() - begun
+                entry["first_s"] = by_wall_clock
             if number >= args.warmup:
                 entry["seconds"].append(seconds)
         print(f"  round {number + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
@@ -88,9 +87,10 @@ def alternate(arms, args, device, memory=False):
 
 
 def _timed(run, clock):
-    begun = clock()
+    """Seconds of one call by the clock, and by the wall clock."""
+    begun, wall_begun = clock(), time.perf_counter()
     run()
-    return clock() - begun
+    return clock() - begun, time.perf_counter() - wall_begun
 
 
 def watch_memory(run, device):

@@ -5,7 +5,7 @@
 
 A step is its matrix products, its passes over activations, its optimizer's passes over the weights, its kernel launches and its
 exchange of gradients, each at the speed that the GPU reaches in practice. Their sum is the limit: no run is faster. What runs reach
-of it is known from the paper's six bars on 8 A100 (`--paper` compares them): 0.55 to 0.76, and the expected time is at their mean.
+of it is known from the paper's six bars on 8 A100 (`--paper` compares them): 0.56 to 0.76, and the expected time is at their mean.
 `--measured` does the same arithmetic for steps that benchmarks.train has timed, with the speeds of products and memory of the same run.
 """
 

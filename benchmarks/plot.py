@@ -14,8 +14,9 @@ from pathlib import Path
 from benchmarks.train import ARMS, WITHOUT
 from utils.cli import run
 
-TITLES = {"plain": "plain path", "ours": "half masked", "compiled": "half masked, compiled", "unmasked": "unmasked", "dit": "DiT, no decoder"}
-TITLES |= {arm: f"half masked, {arm.replace('_', ' ')}" for arm in WITHOUT}
+TITLES = {"plain": "plain path", "ours": "{} masked", "compiled": "{} masked, compiled", "unmasked": "unmasked", "dit": "DiT, no decoder"}
+TITLES |= {arm: "{} masked, " + arm.replace("_", " ") for arm in WITHOUT}
+NEEDED = ("model", "masked", "amp", "batch", "arm", "img/s", "ms/step", "GB")
 
 
 def parse_arguments(argv=None):
@@ -30,7 +31,7 @@ def read_rows(path):
     try:
         content = json.loads(path.read_text())
         rows, device = content["rows"], content["device"]
-        missing = [key for row in rows for key in ("model", "arm", "img/s", "ms/step", "batch") if key not in row]
+        missing = [key for row in rows for key in NEEDED if key not in row]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of benchmarks/train.py ({error!r})") from error
     if missing or not rows:
@@ -39,11 +40,20 @@ def read_rows(path):
 
 
 def groups_of(rows):
-    """{label: {arm: row}}; the label tells the cases apart, masked shares left out (they are the arms')."""
+    """{label: {arm: row}}. Raises ValueError for two rows of one arm and label, of which one picture could show one only."""
     groups = {}
     for row in rows:
-        groups.setdefault(f"{row['model']}\n{row['amp']}, batch {row['batch']}", {})[row["arm"]] = row
+        label = f"{row['model']}\n{row['amp']}, batch {row['batch']}"
+        if row["arm"] in groups.setdefault(label, {}):
+            raise ValueError(f"there are two bars of {row['arm']} for {label.replace(chr(10), ' ')}, of other masked shares or image sizes; "
+                             f"draw them as pictures of their own")
+        groups[label][row["arm"]] = row
     return groups
+
+
+def title_of(arm, rows):
+    shares = {row["masked"] for row in rows}
+    return TITLES[arm].format("half" if shares == {0.5} else ", ".join(f"{share:.0%}" for share in sorted(shares)))
 
 
 def speed_of(row):
@@ -58,9 +68,10 @@ def draw_bars(axis, groups, value, ylabel):
     width = 0.8 / len(arms)
     for number, arm in enumerate(arms):
         places = [i + width * (number - (len(arms) - 1) / 2) for i, group in enumerate(groups.values()) if arm in group]
-        heights = [value(group[arm]) for group in groups.values() if arm in group]
+        bars = [group[arm] for group in groups.values() if arm in group]
+        heights = [value(row) for row in bars]
         spread = [[h[0] - h[1] for h in heights], [h[2] - h[0] for h in heights]]
-        axis.bar(places, [h[0] for h in heights], 0.92 * width, yerr=spread, capsize=2, label=TITLES[arm])
+        axis.bar(places, [h[0] for h in heights], 0.92 * width, yerr=spread, capsize=2, label=title_of(arm, bars))
     axis.set_xlim(-0.5, len(groups) - 0.5)
     axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
     axis.set_ylabel(ylabel)

@@ -103,11 +103,13 @@ def linear(layer, x):
     return product + layer.bias.to(product.dtype)
 
 
-def attention(q, k, v):
-    """Softmax attention of (B, heads, L, d) tensors."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+def attention(q, k, v, products=True):
+    """Softmax attention of (B, heads, L, d) tensors. products: by plain matrix products in bfloat16 on a CPU.
+
+    The CPU's flash kernel is 2-4 times slower than these in bfloat16 (and faster in float32).
+    """
+    if not products or q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
-    # The CPU flash kernel is 2-4 times slower than plain products in bfloat16 (and faster in float32).
     scale = q.shape[-1] ** -0.5
     if not torch.compiler.is_compiling():
         return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
@@ -119,11 +121,11 @@ def attention(q, k, v):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention. products: see `attention`."""
 
-    def __init__(self, width, num_heads):
+    def __init__(self, width, num_heads, products=True):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.products = num_heads, products
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -131,7 +133,7 @@ class Attention(nn.Module):
         batch_size, num_tokens, width = tokens.shape
         qkv = linear(self.qkv, tokens).view(batch_size, num_tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
-        mixed = attention(q, k, v).transpose(1, 2).reshape(batch_size, num_tokens, width)
+        mixed = attention(q, k, v, self.products).transpose(1, 2).reshape(batch_size, num_tokens, width)
         return linear(self.proj, mixed)
 
 
@@ -176,12 +178,12 @@ def add_gated(tokens, gate, update):
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the conditioning (adaLN-Zero)."""
+    """Attention and MLP, each shifted, scaled and gated by the conditioning (adaLN-Zero). product_attention: see `attention`."""
 
-    def __init__(self, width, num_heads, cond_width):
+    def __init__(self, width, num_heads, cond_width, product_attention=True):
         super().__init__()
         self.norm1 = layer_norm(width)
-        self.attn = Attention(width, num_heads)
+        self.attn = Attention(width, num_heads, product_attention)
         self.norm2 = layer_norm(width)
         self.mlp = Mlp(width)
         self.adaLN_modulation = adaln(cond_width, 6 * width)

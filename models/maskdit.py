@@ -54,13 +54,14 @@ class MaskDiT(nn.Module):
     use_decoder: without it this is a plain DiT, which takes no mask.
     activation_checkpointing: recompute each block in the backward pass instead of storing its activations.
     embed_kept: embed the kept patches only; else all of them, and then drop the removed ones. shuffled_decoder: the tokens stay in
-    the mask's order throughout; else the decoder gets them in image order. Both change the order of sums, nothing else.
+    the mask's order throughout; else the decoder gets them in image order. product_attention: on CPUs in bfloat16, see
+    layers.attention. All three change the order of sums, nothing else.
     Raises ValueError for sizes that do not divide.
     """
 
     def __init__(self, in_size, patch_size, in_channels, num_classes, depth, width, num_heads,
                  use_decoder=True, decoder_depth=8, decoder_width=512, decoder_num_heads=16,
-                 activation_checkpointing=False, embed_kept=True, shuffled_decoder=True):
+                 activation_checkpointing=False, embed_kept=True, shuffled_decoder=True, product_attention=True):
         super().__init__()
         if in_size % patch_size:
             raise ValueError(f"in_size={in_size} must be divisible by patch_size={patch_size}")
@@ -76,14 +77,14 @@ class MaskDiT(nn.Module):
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width) if num_classes else None
         self.pos_embed = self._positions(width)
-        self.blocks = nn.ModuleList(DiTBlock(width, num_heads, width) for _ in range(depth))
+        self.blocks = nn.ModuleList(DiTBlock(width, num_heads, width, product_attention) for _ in range(depth))
         if use_decoder:
             _check_width("decoder_", decoder_width, decoder_num_heads)
             self.decoder_layer = ModulatedLinear(width, width, decoder_width)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
             self.decoder_pos_embed = self._positions(decoder_width)
             self.decoder_blocks = nn.ModuleList(
-                DiTBlock(decoder_width, decoder_num_heads, width) for _ in range(decoder_depth))
+                DiTBlock(decoder_width, decoder_num_heads, width, product_attention) for _ in range(decoder_depth))
         out_width = decoder_width if use_decoder else width
         self.final_layer = ModulatedLinear(out_width, width, patch_size**2 * in_channels)
         self._init_weights()

@@ -91,7 +91,7 @@ def _as_batch(sigma, x):
 
 def create_model(model_type, in_size, in_channels, num_classes, use_decoder=True, *, depth=None, width=None,
                  num_heads=None, patch_size=None, decoder_depth=8, decoder_width=512, decoder_num_heads=16,
-                 activation_checkpointing=False, embed_kept=True, shuffled_decoder=True):
+                 activation_checkpointing=False, embed_kept=True, shuffled_decoder=True, product_attention=True):
     """Make a denoiser by name: "DiT-XL/2" is size XL (S, B, L, XL, H) with patch size 2 (1, 2, 4, 8).
 
     in_size, in_channels: of the latents, e.g. 32 and 4. num_classes: 0 is unconditional.
@@ -107,5 +107,5 @@ def create_model(model_type, in_size, in_channels, num_classes, use_decoder=True
         num_heads=size.num_heads if num_heads is None else num_heads,
         use_decoder=use_decoder, decoder_depth=decoder_depth, decoder_width=decoder_width,
         decoder_num_heads=decoder_num_heads, activation_checkpointing=activation_checkpointing,
-        embed_kept=embed_kept, shuffled_decoder=shuffled_decoder)
+        embed_kept=embed_kept, shuffled_decoder=shuffled_decoder, product_attention=product_attention)
     return EDMPrecond(model)

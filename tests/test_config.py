@@ -51,7 +51,7 @@ def test_unknown_key_in_a_file_is_refused(tmp_path):
     ("train.betas=[0.9]", "train.betas=[0.9]: wanted a list of 2 numbers"),
     ("train.betas=0.9", "train.betas=0.9: wanted a list of 2 numbers"),
     ("train.switch_off=fused_adamw", "train.switch_off='fused_adamw': wanted a list, as in train.switch_off=[embed_kept]"),
-    ("train.switch_off=[fused_adamw,warp]", "train.switch_off='warp': wanted one of embed_kept, shuffled_decoder, fused_adamw"),
+    ("train.switch_off=[fused_adamw,warp]", "train.switch_off='warp': wanted one of embed_kept, shuffled_decoder, product_attention"),
     ("train=5", "train=5 is a section; set its keys"),
     ("--lr", "argument '--lr' is not understood"),
 ])

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import models
 from models.layers import attention, gelu_tanh, patchify, sincos_positions, unpatchify
 
 PARAMETER_COUNTS = {"S": 68_346_496, "B": 175_909_888, "L": 510_176_512, "XL": 730_541_440, "H": 1_010_002_432}
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes CPU kernels with a C++ compiler, and there is none")
 TINY = dict(depth=2, width=24, num_heads=3, decoder_depth=2, decoder_width=16, decoder_num_heads=2)
 
 
@@ -165,13 +167,13 @@ def test_layers_cast_once_give_the_numbers_of_autocast(batch):
 
 
 @pytest.mark.parametrize("sharpness", [1, 30])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_bfloat16_attention_on_a_cpu_is_softmax_attention(compiled, sharpness):
+@pytest.mark.parametrize("backend", [None, "eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
+def test_bfloat16_attention_on_a_cpu_is_softmax_attention(backend, sharpness):
     """sharpness 30: scores up to 130, whose exponentials overflow unless the largest is taken off first."""
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 3, 64, 32, generator=generator).mul(factor).bfloat16().requires_grad_() for factor in (sharpness, 1, 1)]
     direction = torch.randn(2, 3, 64, 32, generator=generator)
-    form = torch.compile(attention, backend="eager") if compiled else attention
+    form = attention if backend is None else torch.compile(attention, backend=backend)
 
     def output_and_gradients(function, inputs):
         output = function(*inputs)

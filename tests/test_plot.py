@@ -39,6 +39,13 @@ def test_memory_is_drawn_where_it_was_measured(tmp_path, monkeypatch, memory, wi
 def test_every_arm_has_a_bar(tmp_path):
     plot.draw([row(arm, (2, 1, 3)) for arm in plot.ARMS], "CPU", tmp_path / "all.png")
     assert plot.TITLES.keys() == set(plot.ARMS)
+    assert plot.title_of("ours", [row("ours", (2, 1, 3))]) == "half masked"
+    assert plot.title_of("no_foreach_ema", [row("ours", (2, 1, 3)) | {"masked": 0.75}]) == "75% masked, no foreach ema"
+
+
+def test_bars_that_would_hide_each_other_are_an_error():
+    with pytest.raises(ValueError, match="two bars of ours for S/2 no, batch 4"):
+        plot.groups_of([row("ours", (2, 1, 3)), row("ours", (2, 1, 3)) | {"masked": 0.75}])
 
 
 def test_files_of_one_device_can_share_a_picture(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import typing
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from training_runs import SETTINGS, metrics
 
 from models import EDMLoss, sample_moments
@@ -302,7 +303,16 @@ def test_each_switch_turns_its_speed_up_off(monkeypatch):
         train_step(state, state.net, make_loss(state), *make_batch(), encode, torch.Generator())
         return torch.equal(seen[0][:, :kept[0].shape[1]], kept[0])
 
-    for look, name, on, off in ((lambda state: state.optimizer.param_groups[0]["fused"], "fused_adamw", True, False),
+    def calls_the_flash_kernel(state):
+        calls = []
+        flash = F.scaled_dot_product_attention
+        with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+            patch.setattr(F, "scaled_dot_product_attention", lambda *args: calls.append(1) or flash(*args))
+            train_step(state, state.net, make_loss(state), *make_batch(), encode, torch.Generator())
+        return bool(calls)
+
+    for look, name, on, off in ((calls_the_flash_kernel, "product_attention", False, True),
+                                (lambda state: state.optimizer.param_groups[0]["fused"], "fused_adamw", True, False),
                                 (together, "foreach_ema", True, False), (tokens_embedded, "embed_kept", 8, 16),
                                 (decoder_sees_the_kept_tokens_first, "shuffled_decoder", True, False)):
         assert look(make_state()) == on and look(make_state(train__switch_off=f"[{name}]")) == off, name

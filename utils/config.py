@@ -18,8 +18,8 @@ AMP_CHOICES = ("fp16", "bf16", "no")
 LR_SCHEDULES = ("constant", "cosine", "linear")
 MASK_SCHEDULES = ("constant", "linear", "exp", "cosine2", "cosine3", "cosine4", "cosine5", "cosine6")
 SOLVERS = ("edm", "ablation")
-SpeedUp = Literal["embed_kept", "shuffled_decoder", "fused_adamw", "foreach_ema", "static_graph", "bucket_views", "read_ahead",
-                  "keep_memory"]
+SpeedUp = Literal["embed_kept", "shuffled_decoder", "product_attention", "fused_adamw", "foreach_ema", "static_graph", "bucket_views",
+                  "read_ahead", "keep_memory"]
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def build_model(model_config, train=None):
     m, options = model_config, {}
     if train is not None:
         options = {"activation_checkpointing": train.activation_checkpointing, "embed_kept": train.uses("embed_kept"),
-                   "shuffled_decoder": train.uses("shuffled_decoder")}
+                   "shuffled_decoder": train.uses("shuffled_decoder"), "product_attention": train.uses("product_attention")}
     return create_model(m.model_type, m.in_size, m.in_channels, m.num_classes, m.use_decoder, depth=m.depth, width=m.width,
                         num_heads=m.num_heads, decoder_depth=m.decoder_depth, decoder_width=m.decoder_width,
                         decoder_num_heads=m.decoder_num_heads, **options)
