@@ -18,6 +18,25 @@ def test_average_after_three_updates_by_hand(foreach):
     assert ema.net.weight.item() == 1.453125
 
 
+@pytest.mark.parametrize("move", [lambda net, ema: None,
+                                  lambda net, ema: setattr(net[1].weight, "data", net[1].weight.data.clone()),
+                                  lambda net, ema: setattr(ema.net[0].bias, "data", ema.net[0].bias.data.clone())])
+def test_average_follows_weights_that_were_moved(move):
+    """Tensors of sizes that leave gaps between them; a moved one must not be followed where it no longer is."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 70))
+    ema, slow = EMA(net, 0.75), EMA(net, 0.75, foreach=False)
+    move(net, ema)
+    for _ in range(3):
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        ema.update()
+        slow.update()
+    for one, other in zip(ema.net.parameters(), slow.net.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)  # another kernel for the last few numbers
+
+
 def test_average_starts_as_a_copy_and_is_its_own():
     net = torch.nn.Linear(3, 2)
     ema = EMA(net, 0.9)
