@@ -4,7 +4,7 @@
 
 Both sides see the same uint8 images and the same random weights (speed does not depend on their values). The sides take
 turns within one process, and a large float32 matrix product takes its turn with them: it tells how much arithmetic the
-machine had to give. Memory is measured in a process of its own for each side. pytorch-fid comes with requirements-test.txt.
+machine had to give. FLOPs are those of the convolutions as they are defined, counted by torch; Winograd's need fewer. Memory is measured in a process of its own for each side. pytorch-fid comes with requirements-test.txt.
 """
 
 import argparse
@@ -124,17 +124,32 @@ def main():
         weights = os.path.join(folder, "weights.pth")
         torch.save(state, weights)
         measured, amounts = measure(args, weights, images)
+        flops = feature_flops(weights, images)
         memory = {task: {side: peak_memory_of_child(side, task, args, weights) for side in SIDES} for task in TASKS}
-    report(args, measured, amounts, memory, load)
+    report(args, measured, amounts, flops, memory, load)
 
 
-def report(args, measured, amounts, memory, load):
+def feature_flops(weights, images):
+    """FLOPs of one image's features, by plain convolutions."""
+    from torch.utils.flop_counter import FlopCounterMode
+    features = extractor_of("pytorch-fid", weights)
+    counter = FlopCounterMode(display=False)
+    with counter:
+        features(images[:1])
+    return counter.get_total_flops()
+
+
+def report(args, measured, amounts, flops, memory, load):
     import torch
     rows = []
     for task, unit in zip(TASKS, ("images/s", "distances/s")):
         rates = {name: spread([amounts[task if name in SIDES else name] / s for s in entry["seconds"]])
                  for name, entry in measured[task].items()}
         rows.append({"task": f"{task}, {unit}", **rates, "times faster": speedup(measured[task], "pytorch-fid", "fid")})
+    speeds = {side: [amounts["features"] * flops / 1e9 / s for s in measured["features"][side]["seconds"]] for side in SIDES}
+    peak = amounts["matrix product"] / min(measured["features"]["matrix product"]["seconds"])
+    rows.append({"task": "features, GFLOP/s", **{side: spread(found) for side, found in speeds.items()}})
+    rows.append({"task": "features, of the matrix product", **{side: spread([x / peak for x in found]) for side, found in speeds.items()}})
     for task in TASKS:
         rows.append({"task": f"{task}, peak MiB", **memory[task]})
     print_table(rows, ("task", *SIDES, "times faster", "matrix product"))
