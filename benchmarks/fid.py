@@ -4,7 +4,8 @@
 
 Both sides see the same uint8 images and the same random weights (speed does not depend on their values). The sides take
 turns within one process, and a large float32 matrix product takes its turn with them: it tells how much arithmetic the
-machine had to give. FLOPs are those of the convolutions as they are defined, counted by torch; Winograd's need fewer. Memory is measured in a process of its own for each side. pytorch-fid comes with requirements-test.txt.
+machine had to give. FLOPs are those of the convolutions as they are defined, counted by torch; Winograd's need fewer. Memory is
+measured in a process of its own for each side. pytorch-fid comes with requirements-test.txt.
 """
 
 import argparse

@@ -40,12 +40,16 @@ def read_rows(path):
 
 
 def groups_of(rows):
-    """{label: {arm: row}}. Raises ValueError for two rows of one arm and label, of which one picture could show one only."""
+    """{label: {arm: row}}. Of the same steps measured twice, in two files, the last count.
+
+    Raises ValueError for rows of one arm and label with different settings, of which one picture could show one only.
+    """
     groups = {}
     for row in rows:
         label = f"{row['model']}\n{row['amp']}, batch {row['batch']}"
-        if row["arm"] in groups.setdefault(label, {}):
-            raise ValueError(f"there are two bars of {row['arm']} for {label.replace(chr(10), ' ')}, of other masked shares or image sizes; "
+        other = groups.setdefault(label, {}).get(row["arm"], row)
+        if (row["masked"], row.get("config")) != (other["masked"], other.get("config")):
+            raise ValueError(f"there are two bars of {row['arm']} for {' '.join(label.split())}, of other masked shares or image sizes; "
                              f"draw them as pictures of their own")
         groups[label][row["arm"]] = row
     return groups

@@ -43,6 +43,13 @@ def test_every_arm_has_a_bar(tmp_path):
     assert plot.title_of("no_foreach_ema", [row("ours", (2, 1, 3)) | {"masked": 0.75}]) == "75% masked, no foreach ema"
 
 
+def test_of_the_same_steps_measured_twice_the_last_are_drawn():
+    first, last = row("compiled", (2, 1, 3)), row("compiled", (5, 4, 6))
+    assert plot.groups_of([first, row("dit", (2, 1, 3)), last])["S/2\nno, batch 4"]["compiled"] is last
+    with pytest.raises(ValueError, match="two bars of compiled"):
+        plot.groups_of([first | {"config": {"model": {"in_size": 32}}}, last | {"config": {"model": {"in_size": 64}}}])
+
+
 def test_bars_that_would_hide_each_other_are_an_error():
     with pytest.raises(ValueError, match="two bars of ours for S/2 no, batch 4"):
         plot.groups_of([row("ours", (2, 1, 3)), row("ours", (2, 1, 3)) | {"masked": 0.75}])
