@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import add_common_arguments, print_table, spread, start, write_json
+from benchmarks.common import add_common_arguments, print_table, scaled, spread, start, write_json
 from utils.cli import run
 
 COLUMNS = ("model", "batch", "GB", "ms/step", "stall ms", "stall / step", "on disk s", "x step while writing")
@@ -74,7 +74,7 @@ def measure(state, step, folder, args):
                 seconds[name].append(value)
     shares = spread([stall / step for stall, step in zip(seconds["stall"], seconds["step"])])
     slowdown = spread([beside / step for beside, step in zip(seconds["beside"], seconds["step"])])
-    milliseconds = {name: {key: 1000 * value for key, value in spread(seconds[name]).items()} for name in ("step", "stall")}
+    milliseconds = {name: scaled(spread(seconds[name]), 1000) for name in ("step", "stall")}
     return {"model": args.model, "batch": args.batchsize, "GB": state.nbytes / 1e9, "ms/step": milliseconds["step"],
             "stall ms": milliseconds["stall"], "stall / step": shares, "on disk s": spread(seconds["disk"]),
             "x step while writing": slowdown}

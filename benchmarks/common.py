@@ -118,6 +118,11 @@ def spread(values):
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
+def scaled(values, factor):
+    """A spread in another unit."""
+    return {key: factor * value for key, value in values.items()}
+
+
 def speedup(measured, slow, fast):
     """How many times faster `fast` is than `slow`: spread of the ratios of each round."""
     return spread([a / b for a, b in zip(measured[slow]["seconds"], measured[fast]["seconds"])])
@@ -149,10 +154,18 @@ def memory_arm(device, numbers=None):
     return lambda: average.lerp_(source, 0.5), 12 * numbers
 
 
+def count_flops(run):
+    """FLOPs of run(), counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
 def model_flops(model_config, mask_ratio=0.0, training=False):
     """FLOPs of one image through the network (with `training` forward and backward), counted by torch without computing."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from models.masking import TokenMask, count_kept
     from utils.generation import build_model
@@ -164,12 +177,13 @@ def model_flops(model_config, mask_ratio=0.0, training=False):
         order = torch.empty(1, net.num_tokens, dtype=torch.int64)
     num_keep = count_kept(net.num_tokens, mask_ratio)
     mask = TokenMask(order, num_keep) if num_keep < net.num_tokens else None
-    counter = FlopCounterMode(display=False)
-    with counter:
+
+    def run():
         output = net(x, 1.0, labels, mask)
         if training:
             output.sum().backward()
-    return counter.get_total_flops()
+
+    return count_flops(run)
 
 
 # ---- reports

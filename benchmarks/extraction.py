@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
-from benchmarks.common import write_json
+from benchmarks.common import count_flops, write_json
 from utils.cli import run
 
 RESOLUTION = 256
@@ -57,13 +57,10 @@ def sd_shaped_vae():
 def encoder_flops():
     """Floating-point operations of encoding one image."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         vae, image = sd_shaped_vae(), torch.empty(1, 3, RESOLUTION, RESOLUTION)
-    with FlopCounterMode(display=False) as counter:
-        vae.encode_moments(image)
-    return counter.get_total_flops()
+    return count_flops(lambda: vae.encode_moments(image))
 
 
 def decoding_rate(folder):

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.common import ROOT, add_common_arguments, alternate, gemm_arm, print_table, speedup, spread, write_json
+from benchmarks.common import ROOT, add_common_arguments, alternate, count_flops, gemm_arm, print_table, scaled, speedup, spread, write_json
 
 SIDES = ("fid", "pytorch-fid")
 TASKS = ("features", "distance")
@@ -125,19 +125,10 @@ def main():
         weights = os.path.join(folder, "weights.pth")
         torch.save(state, weights)
         measured, amounts = measure(args, weights, images)
-        flops = feature_flops(weights, images)
+        plain = extractor_of("pytorch-fid", weights)
+        flops = count_flops(lambda: plain(images[:1]))
         memory = {task: {side: peak_memory_of_child(side, task, args, weights) for side in SIDES} for task in TASKS}
     report(args, measured, amounts, flops, memory, load)
-
-
-def feature_flops(weights, images):
-    """FLOPs of one image's features, by plain convolutions."""
-    from torch.utils.flop_counter import FlopCounterMode
-    features = extractor_of("pytorch-fid", weights)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        features(images[:1])
-    return counter.get_total_flops()
 
 
 def report(args, measured, amounts, flops, memory, load):
@@ -147,10 +138,9 @@ def report(args, measured, amounts, flops, memory, load):
         rates = {name: spread([amounts[task if name in SIDES else name] / s for s in entry["seconds"]])
                  for name, entry in measured[task].items()}
         rows.append({"task": f"{task}, {unit}", **rates, "times faster": speedup(measured[task], "pytorch-fid", "fid")})
-    speeds = {side: [amounts["features"] * flops / 1e9 / s for s in measured["features"][side]["seconds"]] for side in SIDES}
-    peak = amounts["matrix product"] / min(measured["features"]["matrix product"]["seconds"])
-    rows.append({"task": "features, GFLOP/s", **{side: spread(found) for side, found in speeds.items()}})
-    rows.append({"task": "features, of the matrix product", **{side: spread([x / peak for x in found]) for side, found in speeds.items()}})
+    images_per_s, peak = rows[0], rows[0]["matrix product"]["highest"]
+    rows.append({"task": "features, GFLOP/s", **{side: scaled(images_per_s[side], flops / 1e9) for side in SIDES}})
+    rows.append({"task": "features, of the matrix product", **{side: scaled(images_per_s[side], flops / 1e9 / peak) for side in SIDES}})
     for task in TASKS:
         rows.append({"task": f"{task}, peak MiB", **memory[task]})
     print_table(rows, ("task", *SIDES, "times faster", "matrix product"))

@@ -15,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import print_table, write_json
+from benchmarks.common import print_table, scaled, write_json
 from utils.cli import run
 
 SHAPE, NUM_CLASSES, BATCH = (8, 32, 32), 1000, 128
@@ -184,8 +184,7 @@ def main():
         results = measure(Path(folder), args.samples, args.rounds)
     report = {"samples": args.samples, "shape": SHAPE, "batch": BATCH, "rounds": args.rounds, "samples_per_second": results,
               "judgement": judge(results)}
-    print_table([{"arm": name, "1000 samples/s": {key: value / 1000 for key, value in found.items()}} for name, found in results.items()],
-                ("arm", "1000 samples/s"))
+    print_table([{"arm": name, "1000 samples/s": scaled(found, 1e-3)} for name, found in results.items()], ("arm", "1000 samples/s"))
     print(json.dumps(report["judgement"], indent=1))
     write_json(args.json, torch.device("cpu"), **report)
 

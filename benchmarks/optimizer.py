@@ -9,7 +9,7 @@ of two single tensors with as many numbers; `of memory` is the share of its GB/s
 
 import argparse
 
-from benchmarks.common import add_common_arguments, alternate, memory_arm, print_table, speedup, spread, start, write_json
+from benchmarks.common import add_common_arguments, alternate, memory_arm, print_table, scaled, speedup, spread, start, write_json
 from utils.cli import run
 
 BYTES = {"AdamW": 28, "EMA": 12}
@@ -58,7 +58,7 @@ def main():
     measured = alternate(arms, args, device)
     seconds = {name: spread(entry["seconds"]) for name, entry in measured.items()}
     speed = {name: BYTES[name[0]] * weights / 1e9 / value["median"] for name, value in seconds.items()}
-    rows = [{"update": update, "arm": arm, "ms": {key: 1000 * value for key, value in seconds[update, arm].items()},
+    rows = [{"update": update, "arm": arm, "ms": scaled(seconds[update, arm], 1000),
              "GB/s": speed[update, arm], "of memory": speed[update, arm] / speed["EMA", "memory"],
              "x plain": speedup(measured, (update, "plain"), (update, arm)) if arm != "plain" else None}
             for update, arm in arms]

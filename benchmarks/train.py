@@ -14,8 +14,8 @@ import argparse
 import gc
 import itertools
 
-from benchmarks.common import (add_common_arguments, alternate, gemm_arm, memory_arm, model_flops, print_table, speedup,
-                               spread, start, watch_memory, write_json)
+from benchmarks.common import (add_common_arguments, alternate, gemm_arm, memory_arm, model_flops, print_table, scaled,
+                               speedup, spread, start, watch_memory, write_json)
 from utils.cli import run
 from utils.config import to_dict
 
@@ -100,7 +100,7 @@ def measure_case(args, size, ratio, amp, batch, device):
         rate = flops / seconds["median"]
         memory = entry["peak_bytes"] and (entry["peak_bytes"] + weights_bytes[arm]) / 1e9
         rows.append({"model": size, "masked": config.train.mask_ratio, "amp": amp, "batch": batch, "arm": arm,
-                     "ms/step": {key: 1000 * value for key, value in seconds.items()}, "img/s": batch / seconds["median"],
+                     "ms/step": scaled(seconds, 1000), "img/s": batch / seconds["median"],
                      "TFLOP/s": rate / 1e12, "of peak": rate / peak, "peak TFLOP/s": peak / 1e12, "peak GB/s": bandwidth / 1e9,
                      "GB": memory,
                      "x plain": speedup(measured, "plain", arm) if "plain" in steps and arm != "plain" else None,
