@@ -37,7 +37,7 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     from utils import distributed
-    from utils.extraction import extract
+    from dataset.extract import extract
     from utils.logging import say
 
     distributed.init(timeout_s=7 * 86400)  # a process that is done waits for the slowest
@@ -63,8 +63,8 @@ def prepare(args):
 
     from models import load_autoencoder
     from utils import distributed
-    from utils.extraction import make_plan
-    from utils.image_sets import open_image_set
+    from dataset.extract import make_plan
+    from dataset.images import open_image_set
     from utils.precision import setup_backends
 
     images = open_image_set(args.images, args.resolution, args.xflip)

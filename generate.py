@@ -91,7 +91,7 @@ def main():
 
 def sample(args, overrides, seeds):
     from utils import distributed
-    from utils.generation import generate, image_decoder, prepare_network
+    from sampling.sample import generate, image_decoder, prepare_network
     from utils.logging import Progress, say
     from utils.precision import keep_freed_memory, setup_backends, use_compile
 
@@ -133,9 +133,9 @@ def sample(args, overrides, seeds):
 
 def load_net(args, overrides, device):
     """The network with a checkpoint's weights, the Config it is sampled with, and its class names (or None)."""
-    from utils.checkpoint import load_checkpoint, load_weights_into, weights_of
+    from training.checkpoint import load_checkpoint, load_weights_into, weights_of
     from utils.class_names import load_imagenet_class_names
-    from utils.generation import build_model, infer_model_config
+    from sampling.sample import build_model, infer_model_config
 
     checkpoint = load_checkpoint(args.ckpt_path)
     weights = weights_of(checkpoint, args.which, args.ckpt_path)
@@ -309,7 +309,7 @@ OUTPUTS = {"png": PngOutput, "npz": ArrayOutput, "latents": LatentOutput, "none"
 
 def draw_first_grid(path, batch, by_class, class_names):
     """The first batch as one picture: a labelled row per class if classes were asked for (up to 16), else as it comes."""
-    from utils.generation import draw_class_rows, grid_scale, latents_to_uint8
+    from sampling.sample import draw_class_rows, grid_scale, latents_to_uint8
     from utils.images import save_grid
 
     images = batch.images if batch.images is not None else latents_to_uint8(batch.latents)

@@ -6,11 +6,11 @@
 import sys
 
 from utils.cli import run
-from utils.training import launch_if_asked, parse_arguments, resolve_config, train
+from training.run import launch_if_asked, parse_arguments, resolve_config, train
 
 
 def open_dataset(config):
-    from utils.data import open_images
+    from dataset.stream import open_images
 
     return open_images(config.data.root, config.data.resolution, config.data.xflip, config.model.num_classes)
 

@@ -6,11 +6,11 @@
 import sys
 
 from utils.cli import run
-from utils.training import launch_if_asked, parse_arguments, resolve_config, train
+from training.run import launch_if_asked, parse_arguments, resolve_config, train
 
 
 def open_dataset(config):
-    from utils.data import open_latents
+    from dataset.stream import open_latents
 
     dataset = open_latents(config.data.root, config.data.xflip, config.model.num_classes)
     model = config.model

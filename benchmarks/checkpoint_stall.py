@@ -30,8 +30,8 @@ def make_training(args, device):
 
     from models import EDMLoss, sample_moments
     from utils.config import load_config
-    from utils.generation import build_model
-    from utils.trainer import TrainState, train_step
+    from sampling.sample import build_model
+    from training.loop import TrainState, train_step
 
     config = load_config(None, [f"model.model_type={args.model}", f"model.in_size={args.in_size}", f"train.batchsize={args.batchsize}"])
     state = TrainState(build_model(config.model, config.train).to(device), config, device)
@@ -57,7 +57,7 @@ def timed(function, *arguments):
 
 def measure(state, step, folder, args):
     """One table row: steps, saves and steps beside a save that is being written, in turn."""
-    from utils.checkpoint import CheckpointWriter
+    from training.checkpoint import CheckpointWriter
 
     writer = CheckpointWriter(folder, keep_last=1)
     writer.prepare(0, state.nbytes, 1)

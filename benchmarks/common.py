@@ -168,7 +168,7 @@ def model_flops(model_config, mask_ratio=0.0, training=False):
     import torch
 
     from models.masking import TokenMask, count_kept
-    from utils.generation import build_model
+    from sampling.sample import build_model
 
     with torch.device("meta"):
         net = build_model(model_config)

@@ -95,7 +95,7 @@ def count_weights(model):
     """(trained weights, transformer blocks) of a ModelConfig."""
     import torch
 
-    from utils.generation import build_model
+    from sampling.sample import build_model
 
     with torch.device("meta"):
         net = build_model(model)
@@ -105,7 +105,7 @@ def count_weights(model):
 
 def mean_mask_ratio(train):
     """Mean over the run, which schedules change."""
-    from utils.schedules import mask_ratio
+    from training.schedules import mask_ratio
 
     return sum(mask_ratio(train, (i + 0.5) / 100) for i in range(100)) / 100
 

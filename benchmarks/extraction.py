@@ -65,7 +65,7 @@ def encoder_flops():
 
 def decoding_rate(folder):
     """Images decoded and cropped per second of one core."""
-    from utils.image_sets import open_image_set
+    from dataset.images import open_image_set
 
     images = open_image_set(folder, RESOLUTION)
     begun = time.process_time()
@@ -77,7 +77,7 @@ def threads_against_processes(folder, workers=2, rounds=7):
     """Median images per second of wall time by threads and by processes, which take turns: how much threads block each other."""
     from multiprocessing import get_context
 
-    from utils.image_sets import open_image_set
+    from dataset.images import open_image_set
 
     images = open_image_set(folder, RESOLUTION)
     parts = [range(begin, begin + 8) for begin in range(0, len(images) - 7, 8)]
@@ -100,7 +100,7 @@ def storing_rate(folder):
     """Samples stored (checksum, write, fsync) per second of one core."""
     import numpy as np
 
-    from utils.latent_store import LatentWriter, Plan
+    from dataset.store import LatentWriter, Plan
 
     plan = Plan(8192, (8, 32, 32), "float16", False, 10, (), 0.18215, 0.0, "")
     moments = np.random.default_rng(0).standard_normal((plan.shard_size, *plan.sample_shape), np.float32).astype(np.float16)
@@ -116,8 +116,8 @@ def profile(folder, dest, count):
     import torch
 
     from utils import distributed
-    from utils.extraction import extract, make_plan
-    from utils.image_sets import open_image_set
+    from dataset.extract import extract, make_plan
+    from dataset.images import open_image_set
 
     cuda = distributed.device().type == "cuda"
     images, vae = open_image_set(folder, RESOLUTION), sd_shaped_vae()

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader --json benchmarks/results/loader.json
 
-Published way: LMDB, one float32 sample at a time, one-hot float labels, collated by DataLoader. Ours: `utils.data`, batched reads
+Published way: LMDB, one float32 sample at a time, one-hot float labels, collated by DataLoader. Ours: `dataset.stream`, batched reads
 of memory-mapped shards, integer labels. The arms take turns, epoch by epoch, so that whatever else the machine does hits them
 alike. "In process" arms are timed in processor time, which other programs disturb little; arms with a worker by the wall clock.
 """
@@ -35,7 +35,7 @@ def write_sets(folder, samples):
     import lmdb
     import numpy as np
 
-    from utils.latent_store import LatentWriter, Plan
+    from dataset.store import LatentWriter, Plan
 
     rng = np.random.default_rng(0)
     moments = rng.standard_normal((samples, *SHAPE), np.float32)
@@ -89,14 +89,14 @@ def published(dataset, samples, num_workers):
 
 
 def _order(samples):
-    from utils.data import stream_indices
+    from dataset.stream import stream_indices
     return stream_indices(samples, 0, 0, samples).tolist()
 
 
 def ours_in_process(path, samples):
     import torch
 
-    from utils.data import open_latents, stream_indices
+    from dataset.stream import open_latents, stream_indices
 
     dataset = open_latents(path)
     for start in range(0, samples - BATCH + 1, BATCH):
@@ -104,7 +104,7 @@ def ours_in_process(path, samples):
 
 
 def ours_thread(path, samples):
-    from utils.data import BatchStream, open_latents
+    from dataset.stream import BatchStream, open_latents
 
     with BatchStream(open_latents(path), BATCH, seed=0, num_workers=1) as stream:
         for _ in range(samples // BATCH):
@@ -114,7 +114,7 @@ def ours_thread(path, samples):
 def ours_worker_process(path, samples):
     from torch.utils.data import DataLoader
 
-    from utils.data import open_latents
+    from dataset.stream import open_latents
 
     order = _order(samples)
     batches = [order[start:start + BATCH] for start in range(0, samples - BATCH + 1, BATCH)]

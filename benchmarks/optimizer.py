@@ -31,8 +31,8 @@ def make_arms(config, device):
     import torch
 
     from benchmarks.reference import PlainTraining
-    from utils.generation import build_model
-    from utils.trainer import TrainState
+    from sampling.sample import build_model
+    from training.loop import TrainState
 
     plain_net = build_model(config.model).to(device)
     state = TrainState(copy.deepcopy(plain_net), config, device)

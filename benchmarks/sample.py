@@ -3,7 +3,7 @@
     python -m benchmarks.sample --sizes S/2 --amp no bf16 --num_steps 4 --json benchmarks/results/sample_cpu.json
 
 An arm samples one batch of latents as generate.py does. `plain` is benchmarks/reference.py: everything computed at every call;
-`ours` is `utils.generation.sample_latents`; `compiled` with compiled blocks; `interval` is `ours` with guidance only for sigma in
+`ours` is `sampling.sample.sample_latents`; `compiled` with compiled blocks; `interval` is `ours` with guidance only for sigma in
 (0.28, 2.9], which changes the images. `difference` is the largest of any latent from the plain path's of the same precision.
 Utilisation is FLOPs of the network over time over the best matrix product of the same run. GB is what a batch needs beside the weights.
 """
@@ -47,7 +47,7 @@ def make_net(model_config, device):
     """A network whose output depends on its input: fresh ones end in zeros."""
     import torch
 
-    from utils.generation import build_model
+    from sampling.sample import build_model
 
     torch.manual_seed(0)
     net = build_model(model_config).to(device).eval().requires_grad_(False)
@@ -60,7 +60,7 @@ def make_net(model_config, device):
 def make_arm(config, arm, device):
     """A function that samples one batch with `arm` and returns its latents."""
     from benchmarks.reference import PlainDenoiser
-    from utils.generation import prepare_network, sample_latents
+    from sampling.sample import prepare_network, sample_latents
 
     net, seeds = make_net(config.model, device), list(range(config.sample.batchsize))
     if arm == "plain":
@@ -75,7 +75,7 @@ def plain_latents(plain, net, seeds, sample, device):
 
     from benchmarks.reference import plain_guided
     from models import edm_sampler
-    from utils.generation import draw_inputs
+    from sampling.sample import draw_inputs
     from utils.precision import autocast
 
     _, noise, class_labels = draw_inputs(seeds, net, device)
@@ -85,7 +85,7 @@ def plain_latents(plain, net, seeds, sample, device):
 
 def network_calls(sample):
     """Passes of one image through the network: Heun looks at all noise levels but the first twice, guidance doubles each."""
-    from models.sampler import edm_sigmas
+    from models.samplers import edm_sigmas
 
     low, high = sample.cfg_interval or (0.0, float("inf"))
     sigmas = edm_sigmas(sample.num_steps, 0.002, 80.0, sample.rho)

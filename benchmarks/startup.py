@@ -23,7 +23,7 @@ from benchmarks.common import ROOT, add_common_arguments, print_table, spread, s
 from utils.cli import run
 
 ARMS = ("help", "imports", "train", "generate")
-IMPORTS = ("torch", "utils.trainer", "utils.generation", "fid.evaluate")  # the first is the yardstick of the others
+IMPORTS = ("torch", "training.loop", "sampling.sample", "fid.evaluate")  # the first is the yardstick of the others
 NUM_SAMPLES, NUM_STEPS = 64, 3
 ENDED = "process ended"
 COLUMNS = ("command", "moment", "wall s", "CPU s")
@@ -105,7 +105,7 @@ def write_latents(folder, config):
     """Random moments of the shape that the config's model takes."""
     import numpy as np
 
-    from utils.latent_store import LatentWriter, Plan
+    from dataset.store import LatentWriter, Plan
 
     rng, model = np.random.default_rng(0), config.model
     shape = (2 * model.in_channels, model.in_size, model.in_size)

@@ -3,7 +3,7 @@
     python -m benchmarks.train --sizes S/2 B/2 --amp bf16 no --json benchmarks/results/train_cpu.json
 
 An arm is a whole step on stored moments: latents drawn, labels dropped, loss, backward, AdamW, EMA. `plain` is
-benchmarks/reference.py; `ours` is `utils.trainer.train_step`; `compiled` with compiled blocks, as on a GPU by itself; `unmasked` and
+benchmarks/reference.py; `ours` is `training.loop.train_step`; `compiled` with compiled blocks, as on a GPU by itself; `unmasked` and
 `dit` are `ours` without masking and without masking and decoder (the paper's baseline), compiled with --set train.compile=true;
 `no_...` is `ours` without one of its speed-ups (train.switch_off). All arms are in memory together: on a GPU that is too small for
 that, give fewer. Utilisation is model FLOPs over time over the best matrix product of the same run. GB is the most that an arm's tensors
@@ -58,9 +58,9 @@ def make_arm(config, arm, device):
 
     from benchmarks.reference import PlainTraining
     from models import sample_moments
-    from utils.generation import build_model
+    from sampling.sample import build_model
     from utils.precision import compile_options, use_compile
-    from utils.trainer import TrainState, make_loss, train_step
+    from training.loop import TrainState, make_loss, train_step
 
     train, model = config.train, config.model
     torch.manual_seed(0)

@@ -104,7 +104,7 @@ def kept_bytes(model_config, mask_ratio, batch):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from models.masking import TokenMask, count_kept
-    from utils.generation import build_model
+    from sampling.sample import build_model
 
     kept = {}
     with FakeTensorMode():  # shapes without contents

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from experiments.settings import arm_config, flops_of_steps, flops_per_image, load_setting, plan
 from utils.cli import PROJECT_ROOT, run
-from utils.signals import EXIT_STOPPED
+from utils.cli import EXIT_STOPPED
 
 FASHION_MNIST = (PROJECT_ROOT / "assets" / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist"))  # the second: Debian's package
 TRAIN_FILE = "train-images-idx3-ubyte.gz"
@@ -55,9 +55,9 @@ class Latents:
 
     def __init__(self, images, config, work, device):
         from models import load_autoencoder
-        from utils.data import open_latents
-        from utils.extraction import extract, make_plan
-        from utils.generation import image_decoder
+        from dataset.stream import open_latents
+        from dataset.extract import extract, make_plan
+        from sampling.sample import image_decoder
 
         folder = work / "latents"
         vae = load_autoencoder(PROJECT_ROOT / config.vae.path, device)
@@ -92,7 +92,7 @@ class Scores:
     def __init__(self, device):
         from fid.embeddings import Classifier
         from fid.evaluate import Reference
-        from utils.idx import load_fashion_mnist
+        from dataset.idx import load_fashion_mnist
 
         self.embedding = Classifier(PROJECT_ROOT / "assets" / "demo-classifier", device)
         grey, _ = load_fashion_mnist(PROJECT_ROOT / "assets" / "fashion-mnist", "test")
@@ -115,7 +115,7 @@ class Sampler:
     """Samples of a run's EMA weights, from a copy of its network that is made ready for sampling once and takes the weights anew."""
 
     def __init__(self, config, data, device):
-        from utils.generation import build_model, prepare_network
+        from sampling.sample import build_model, prepare_network
 
         self.config, self.data, self.device = config, data, device
         self.net = build_model(config.model).to(device).eval().requires_grad_(False)
@@ -123,7 +123,7 @@ class Sampler:
 
     def draw(self, net, count, cfg_scale=1.0, class_idx=()):
         """Batches (images (B, H, W, 3) uint8, class_labels (B,)) of seeds 0 to count - 1 with the weights of `net`."""
-        from utils.generation import generate
+        from sampling.sample import generate
 
         self.net.load_state_dict(net.state_dict())
         sample = dataclasses.replace(self.config.sample, cfg_scale=cfg_scale)
@@ -140,7 +140,7 @@ def score_real(setting, data, images, scores):
 def _real_batches(setting, data, images, count, decoded):
     import torch
 
-    from utils.data import stream_indices
+    from dataset.stream import stream_indices
 
     size = setting.config["sample"]["batchsize"]
     generator = torch.Generator()
@@ -169,16 +169,16 @@ class Stopwatch:
 
 
 def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
-    """Train one arm with `utils.trainer.fit`, in its own folder below `work`; returns (exit code, snapshots, draw).
+    """Train one arm with `training.loop.fit`, in its own folder below `work`; returns (exit code, snapshots, draw).
 
     draw: Sampler.draw of the final EMA weights.
     """
     import torch
 
-    from utils.checkpoint import find_latest, load_checkpoint
-    from utils.generation import build_model
-    from utils.trainer import TrainState, fit
-    from utils.training import start_from
+    from training.checkpoint import find_latest, load_checkpoint
+    from sampling.sample import build_model
+    from training.loop import TrainState, fit
+    from training.run import start_from
 
     planned = plan(setting, arm)
     every = planned["steps"] // planned["num_snapshots"]
@@ -269,7 +269,7 @@ def run_jobs(chosen, args, argv, logs):
     chosen: [(arm, seed), ...]. What the processes say goes to logs/seedN.log; a signal is passed on to all of them.
     """
     from utils.logging import Progress, say
-    from utils.signals import StopNotice
+    from utils.cli import StopNotice
 
     arms = {}
     for arm, seed in chosen:
@@ -307,10 +307,10 @@ def main(argv=None):
     args = parse_arguments(argv)
     setting = load_setting(args.setting, args.set)
     from benchmarks.common import make_clock, start, write_json
-    from utils.image_sets import open_image_set
+    from dataset.images import open_image_set
     from utils.logging import say
     from utils.precision import use_compile
-    from utils.signals import StopNotice
+    from utils.cli import StopNotice
 
     out, work = args.out / setting.name, args.work / setting.name
     chosen = [(arm, seed) for seed in args.seeds or setting.seeds for arm in args.arms or setting.arms

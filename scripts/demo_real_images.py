@@ -20,7 +20,7 @@ def main():
         return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
     import numpy as np
 
-    from utils.idx import load_fashion_mnist
+    from dataset.idx import load_fashion_mnist
 
     images, labels = load_fashion_mnist(ROOT / "assets" / "fashion-mnist", "test")
     images = np.repeat(images[..., None], 3, axis=3)  # grey (N, 32, 32) -> RGB (N, 32, 32, 3)

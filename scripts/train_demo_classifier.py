@@ -138,7 +138,7 @@ def main():
     from safetensors.torch import save_file
 
     from fid.embeddings import Classifier
-    from utils.idx import load_fashion_mnist
+    from dataset.idx import load_fashion_mnist
     images, labels = load_fashion_mnist(args.data, "train")
     test_images, test_labels = load_fashion_mnist(args.data, "test")
     net = train(images, labels, args.epochs, args.seed)

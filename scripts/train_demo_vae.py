@@ -168,7 +168,7 @@ def main():
     args = parse_args()
     import torch
     from diffusers import AutoencoderKL
-    from utils.idx import load_fashion_mnist
+    from dataset.idx import load_fashion_mnist
     from utils.logging import say
 
     train_grey, test_grey = (torch.from_numpy(load_fashion_mnist(args.data, split)[0]).to(args.device)

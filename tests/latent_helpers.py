@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from utils.latent_store import LatentWriter, Plan
+from dataset.store import LatentWriter, Plan
 
 NUM_IMAGES, SHAPE, NUM_CLASSES = 11, (8, 3, 3), 3
 

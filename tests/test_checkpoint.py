@@ -14,8 +14,8 @@ import torch
 
 from models import create_model
 from models.layers import sincos_positions
-from utils import checkpoint
-from utils.checkpoint import (CheckpointWriter, damage, find_latest, load_checkpoint, load_weights, load_weights_into, steps_done,
+from training import checkpoint
+from training.checkpoint import (CheckpointWriter, damage, find_latest, load_checkpoint, load_weights, load_weights_into, steps_done,
                               strip_prefixes, write_checkpoint)
 
 SIZES = dict(depth=1, width=16, num_heads=2, decoder_depth=1, decoder_width=16, decoder_num_heads=2)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.data import BatchStream, open_images, open_latents, stream_indices
-from utils.latent_store import LatentWriter, Plan
+from dataset.stream import BatchStream, open_images, open_latents, stream_indices
+from dataset.store import LatentWriter, Plan
 
 FASHION_MNIST = Path(__file__).parents[1] / "assets" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
 N, SHAPE = 23, (8, 3, 3)

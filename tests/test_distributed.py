@@ -13,8 +13,8 @@ from training_runs import ROOT, assert_same_run, command_line, metrics
 
 from models import EDMLoss
 from utils import distributed
-from utils.lock import RunLock
-from utils.trainer import train_step
+from training.lock import RunLock
+from training.loop import train_step
 
 
 # ------------------------------------------------------------------------------------------------ what every process calls

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.ema import EMA
+from training.ema import EMA
 
 
 @pytest.mark.parametrize("foreach", [True, False])

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.common import model_flops
 from experiments import analysis, figures, run
 from experiments.settings import arm_config, flops_of_steps, image_flops, load_setting, plan
-from utils.signals import EXIT_STOPPED
+from utils.cli import EXIT_STOPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["budget_steps=8", "samples=20", "snapshots=4", "grid_columns=1", "config.model.depth=1", "config.model.width=16",
@@ -130,7 +130,7 @@ def test_stopped_experiment_goes_on_to_the_results_of_one_that_was_not(tmp_path,
             StopAfterFive.asked += 1
             return StopAfterFive.asked == 6
 
-    monkeypatch.setattr("utils.signals.StopNotice", StopAfterFive)
+    monkeypatch.setattr("utils.cli.StopNotice", StopAfterFive)
     command = [*command_of(tmp_path, folder="stopped"), *arms]
     assert run.main(command) == EXIT_STOPPED
     assert not list((tmp_path / "stopped" / "cpu").glob("*-seed*.json"))

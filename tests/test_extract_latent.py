@@ -13,8 +13,8 @@ from PIL import Image
 import extract_latent
 from latent_helpers import tree
 from utils import cli
-from utils.image_sets import open_image_set
-from utils.latent_store import StoredLatents
+from dataset.images import open_image_set
+from dataset.store import StoredLatents
 
 ROOT = Path(extract_latent.__file__).parent
 NUM_IMAGES, SIZE = 10, 8

@@ -26,7 +26,7 @@ def test_classifier_has_the_published_size():
 
 
 def test_committed_classifier_knows_real_images():
-    from utils.idx import load_fashion_mnist
+    from dataset.idx import load_fashion_mnist
     grey, labels = load_fashion_mnist(DEMO_CLASSIFIER.parent / "fashion-mnist", "test")
     images = grey[:500, :, :, None].repeat(3, axis=3)
     classifier = embeddings.make_embedding("classifier", weights=DEMO_CLASSIFIER, device="cpu")

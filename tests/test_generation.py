@@ -8,7 +8,7 @@ import torch
 
 from models import create_model
 from utils.config import ModelConfig, SampleConfig
-from utils.generation import (SeedStreams, batches_of, build_model, draw_inputs, generate, infer_model_config,
+from sampling.sample import (SeedStreams, batches_of, build_model, draw_inputs, generate, infer_model_config,
                               latents_to_uint8, sample_latents)
 
 CPU = torch.device("cpu")

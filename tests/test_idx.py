@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.idx import FASHION_MNIST_CLASSES, load_fashion_mnist, read_idx
+from dataset.idx import FASHION_MNIST_CLASSES, load_fashion_mnist, read_idx
 
 ASSETS = Path(__file__).parents[1] / "assets" / "fashion-mnist"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.image_sets import CorruptImage, centre_crop, open_image_set
+from dataset.images import CorruptImage, centre_crop, open_image_set
 
 RNG = np.random.default_rng(0)
 PHOTO = RNG.integers(0, 256, (20, 31, 3), np.uint8)

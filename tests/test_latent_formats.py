@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from latent_helpers import NUM_CLASSES, NUM_IMAGES, SHAPE, random_moments, tree, write_set
-from utils import convert_latents
-from utils.latent_formats import open_latent_set
-from utils.latent_store import LatentWriter, StoredLatents
+from dataset import convert as convert_latents
+from dataset.formats import open_latent_set
+from dataset.store import LatentWriter, StoredLatents
 
 MOMENTS, MIRRORED, LABELS = random_moments()
 LATENT_SHAPE = (4, 3, 3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from latent_helpers import NUM_IMAGES, SHAPE, make_plan, random_moments, tree, write_set, write_shards
-from utils.latent_store import LatentWriter, StoredLatents
+from dataset.store import LatentWriter, StoredLatents
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -68,7 +68,7 @@ def test_order_and_interruption_leave_no_trace(tmp_path):
 KILLED_WRITER = """
 import os, signal, sys
 sys.path[:0] = sys.argv[2:4]
-import utils.latent_store as store
+import dataset.store as store
 from latent_helpers import make_plan, write_shards
 real, calls = os.replace, 0
 def replace(source, target):
@@ -222,7 +222,7 @@ def test_manifest_lists_every_file_once(tmp_path):
 
 
 def run_tool(*args):
-    return subprocess.run([sys.executable, "-m", "utils.latent_store", *map(str, args)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "dataset.store", *map(str, args)], capture_output=True, text=True,
                           cwd=os.path.dirname(os.path.dirname(__file__)))
 
 

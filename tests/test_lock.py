@@ -10,12 +10,12 @@ import time
 
 import pytest
 
-from utils import lock
-from utils.lock import RunLock
+from training import lock
+from training.lock import RunLock
 
 HOLDER = """
 import sys, time
-from utils.lock import RunLock
+from training.lock import RunLock
 RunLock(sys.argv[1])
 print("held", flush=True)
 time.sleep(60)

@@ -7,11 +7,11 @@ import torch
 
 import models
 from benchmarks.reference import PlainDenoiser, PlainTraining, plain_guided, plain_loss
-from utils import schedules
+from training import schedules
 from utils.config import from_dict, load_config
-from utils.ema import EMA
+from training.ema import EMA
 from utils.precision import compile_options
-from utils.trainer import TrainState, make_loss, step_seed, train_step
+from training.loop import TrainState, make_loss, step_seed, train_step
 
 MODEL = {"model_type": "DiT-S/2", "in_size": 8, "in_channels": 3, "num_classes": 7, "depth": 2, "width": 24, "num_heads": 3,
          "decoder_depth": 2, "decoder_width": 16, "decoder_num_heads": 2}

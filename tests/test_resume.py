@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import assert_same_run, command_line, metrics
 
-from utils.checkpoint import find_latest
+from training.checkpoint import find_latest
 
 EXIT_STOPPED = 75
 

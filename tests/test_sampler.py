@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models import SharedConditioning, ablation_sampler, create_model, edm_sampler, guided
-from models.sampler import SCHEDULES, edm_sigmas
+from models.samplers import SCHEDULES, edm_sigmas
 
 SIGMA_DATA = 0.5
 COMBINATIONS = list(itertools.product(("vp", "ve", "iddpm", "edm"), ("vp", "ve", "linear"), ("vp", "none")))

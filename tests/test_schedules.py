@@ -3,7 +3,7 @@
 import pytest
 
 from utils.config import MASK_SCHEDULES, TrainConfig
-from utils.schedules import learning_rate, mask_ratio
+from training.schedules import learning_rate, mask_ratio
 
 
 def test_learning_rate_stays_or_falls_to_zero():

@@ -4,7 +4,7 @@ from diffusers import AutoencoderKL
 
 from models import load_autoencoder, sample_moments
 from scripts.train_demo_vae import ROOT, VAE_CONFIG, fold_normalisation, latent_statistics, learning_rate, psnr, reconstruct, to_input
-from utils.idx import load_fashion_mnist
+from dataset.idx import load_fashion_mnist
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from training_runs import SETTINGS, metrics
 
 from models import EDMLoss, sample_moments
 from utils.config import SpeedUp, load_config
-from utils.data import open_latents
-from utils.generation import build_model
-from utils.signals import EXIT_STOPPED, StopNotice
-from utils.trainer import TrainState, fit, step_seed, train_step
+from dataset.stream import open_latents
+from sampling.sample import build_model
+from utils.cli import EXIT_STOPPED, StopNotice
+from training.loop import TrainState, fit, step_seed, train_step
 
 CPU = torch.device("cpu")
 
@@ -227,7 +227,7 @@ def test_notice_during_evaluation_is_heard_after_it(latents, tmp_path):
 
 def test_the_logged_rate_is_that_of_training_without_evaluations(latents, tmp_path, monkeypatch):
     seconds = [0.0]
-    monkeypatch.setattr("utils.trainer.time.monotonic", lambda: seconds[0])
+    monkeypatch.setattr("training.loop.time.monotonic", lambda: seconds[0])
 
     def encode_in_a_second(moments, generator):
         seconds[0] += 1.0
@@ -324,8 +324,8 @@ def test_each_switch_turns_its_speed_up_off(monkeypatch):
 def compile_with(monkeypatch):
     """compile_with(backend): train.compile=auto compiles here as it does on a GPU, with another backend than inductor."""
     def choose(backend):
-        monkeypatch.setattr("utils.trainer.use_compile", lambda key, setting, device: setting is not False)
-        monkeypatch.setattr("utils.trainer.compile_options", lambda train, num_tokens: {"backend": backend, "dynamic": True})
+        monkeypatch.setattr("training.loop.use_compile", lambda key, setting, device: setting is not False)
+        monkeypatch.setattr("training.loop.compile_options", lambda train, num_tokens: {"backend": backend, "dynamic": True})
         torch.compiler.reset()
 
     yield choose

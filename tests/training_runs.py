@@ -27,7 +27,7 @@ SETTINGS = {"model.model_type": "DiT-S/2", "model.in_size": 8, "model.num_classe
 def write_latents(folder, num_images=23, size=8, num_classes=5):
     """A small set of stored latents in the project's own format, two shards."""
     import numpy as np
-    from utils.latent_store import LatentWriter, Plan
+    from dataset.store import LatentWriter, Plan
 
     random = np.random.default_rng(0)
     shape = (8, size, size)
@@ -139,10 +139,10 @@ def serve():
     import torch.distributed.algorithms.join  # noqa: F401
 
     import train_latent  # noqa: F401
-    import utils.generation  # noqa: F401
+    import sampling.sample  # noqa: F401
     import utils.images  # noqa: F401
-    import utils.lock  # noqa: F401
-    import utils.trainer  # noqa: F401
+    import training.lock  # noqa: F401
+    import training.loop  # noqa: F401
 
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -229,10 +229,10 @@ def _act(function, arguments):
 
 def _arm(point, count):
     """Make this process kill itself, or misbehave, at the count-th passing of `point`."""
-    import utils.checkpoint as checkpoint
-    import utils.generation as generation
+    import training.checkpoint as checkpoint
+    import sampling.sample as generation
     import utils.logging as logging
-    import utils.trainer as trainer
+    import training.loop as trainer
 
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)

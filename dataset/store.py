@@ -6,7 +6,7 @@
     DIR/labels-00000.npy      (n,) int64 class indices
     DIR/.partial/             plan, records of finished shards, files being written; gone once the set is complete
 
-`python -m utils.latent_store DIR [--verify]` says what a set holds and checks its checksums.
+`python -m dataset.store DIR [--verify]` says what a set holds and checks its checksums.
 """
 
 import argparse

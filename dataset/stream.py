@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from utils.image_sets import open_image_set
-from utils.latent_formats import open_latent_set
+from dataset.images import open_image_set
+from dataset.formats import open_latent_set
 
 
 def open_latents(path, xflip=False, num_classes=None):

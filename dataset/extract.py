@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from utils import distributed
-from utils.image_sets import CorruptImage
-from utils.latent_store import LatentWriter, Plan
+from dataset.images import CorruptImage
+from dataset.store import LatentWriter, Plan
 from utils.logging import Progress, format_seconds, say
 
 

@@ -2,7 +2,7 @@
 
 | found at the path | format |
 |---|---|
-| manifest.json | own (utils/latent_store.py) |
+| manifest.json | own (dataset/store.py) |
 | data.mdb, train/data.mdb, or the .mdb file itself | LMDB of MaskDiT |
 | *.tar, or one .tar file | WebDataset shards |
 | *.safetensors, or one such file | shards of LightningDiT |
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.latent_store import MANIFEST, PARTIAL, LatentSet, StoredLatents, check_not_cut
+from dataset.store import MANIFEST, PARTIAL, LatentSet, StoredLatents, check_not_cut
 
 MOMENTS_CHANNELS = 8
 CERTAIN_LOGVAR = -30.0

@@ -1,6 +1,6 @@
 """Convert stored latents of any known format to the project's own, which loads fastest.
 
-    python3 -m utils.convert_latents assets/imagenet_256_latent_lmdb data/imagenet256
+    python3 -m dataset.convert assets/imagenet_256_latent_lmdb data/imagenet256
 
 Mirrored copies come along where there are any. Interrupted, the same command goes on where it was.
 """
@@ -16,9 +16,9 @@ CHUNK = 1024  # samples held at once while labels are looked through
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(prog="python3 -m utils.convert_latents", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python3 -m dataset.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC", help="stored latents of any format (see utils/latent_formats.py)")
+    parser.add_argument("source", metavar="SRC", help="stored latents of any format (see dataset/formats.py)")
     parser.add_argument("dest", metavar="DST", help="folder to write: a new one, or one to go on with")
     parser.add_argument("--store", choices=("keep", "fp16", "fp32"), default="keep",
                         help="type of the stored moments; fp16 halves size and reading (default: %(default)s)")
@@ -32,7 +32,7 @@ def parse_arguments():
 
 def make_plan(source, args):
     """The `Plan` of converting the `LatentSet` source."""
-    from utils.latent_store import Plan
+    from dataset.store import Plan
 
     dtype = {"keep": source.dtype.name, "fp16": "float16", "fp32": "float32"}[args.store]
     num_classes = source.num_classes
@@ -49,8 +49,8 @@ def _chunks(numbers, size):
 
 def main():
     args = parse_arguments()
-    from utils.data import open_latents
-    from utils.latent_store import LatentWriter
+    from dataset.stream import open_latents
+    from dataset.store import LatentWriter
     from utils.logging import Progress
 
     source = open_latents(args.source, xflip=True, num_classes=args.num_classes)

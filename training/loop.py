@@ -14,15 +14,14 @@ import torch
 
 from models import EDMLoss, drop_labels
 from utils import distributed
-from utils.checkpoint import CheckpointWriter, strip_prefixes
-from utils.cli import EXIT_USER_ERROR
+from training.checkpoint import CheckpointWriter, strip_prefixes
+from utils.cli import EXIT_STOPPED, EXIT_USER_ERROR
 from utils.config import to_dict
-from utils.data import BatchStream
-from utils.ema import EMA
+from dataset.stream import BatchStream
+from training.ema import EMA
 from utils.logging import Progress, RunLog, format_seconds
 from utils.precision import Stepper, autocast, compile_options, effective_amp, run_uncompiled, use_compile
-from utils.schedules import learning_rate, mask_ratio
-from utils.signals import EXIT_STOPPED
+from training.schedules import learning_rate, mask_ratio
 
 MIN_LOSS_SCALE = 1.0  # below it fp16 gradients vanish instead of overflowing
 LOGGED = ("loss", "loss_denoising", "loss_mae", "grad_norm")
@@ -173,7 +172,7 @@ def train_step(state, model, loss, batch, labels, encode, generator):
 def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None):
     """Train until `state.end_step`; returns 0, or EXIT_STOPPED after a signal (saved, ready to be continued).
 
-    folder: the experiment folder. dataset: see utils.data. encode: see train_step. notice: see utils.signals.StopNotice.
+    folder: the experiment folder. dataset: see dataset.stream. encode: see train_step. notice: see utils.cli.StopNotice.
     sample_grid(net, step) -> (H, W, 3) uint8 picture or None, called on rank 0; evaluate(net, step) -> dict of numbers, called on
     all ranks; both get the EMA network and must leave the global random state alone.
     Raises ValueError when too many steps in a row have NaN or Inf gradients, and what the data set raises on bad data

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from utils.idx import FASHION_MNIST_CLASSES, read_idx
+from dataset.idx import FASHION_MNIST_CLASSES, read_idx
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 

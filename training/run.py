@@ -78,7 +78,7 @@ def train(config, args, open_dataset, make_encode):
 
     open_dataset(config) -> dataset. make_encode(config, dataset, device) -> encode(batch, generator) -> latents.
     """
-    from utils.signals import StopNotice
+    from utils.cli import StopNotice
 
     with StopNotice() as notice:  # before the slow imports: who is asked to stop meanwhile stops before the first step
         from utils import distributed
@@ -98,10 +98,11 @@ def _train(config, args, open_dataset, make_encode, notice):
     import torch
 
     from utils import distributed
-    from utils.generation import build_model
-    from utils.lock import RunLock
+    from sampling.sample import build_model
+    from training.lock import RunLock
     from utils.logging import say
-    from utils.trainer import TrainState, fit
+    from training.loop import TrainState, fit
+    from training.watch import draw_loss_curve, make_evaluate, make_sample_grid
 
     device = distributed.device()
     dataset = open_dataset(config)
@@ -138,7 +139,7 @@ def _train(config, args, open_dataset, make_encode, notice):
 def restore(state, folder, args):
     """Bring `state` to where the run stands: its own newest checkpoint, else --ckpt_path, else fresh weights."""
     from utils import distributed
-    from utils.checkpoint import find_latest, load_checkpoint
+    from training.checkpoint import find_latest, load_checkpoint
     from utils.logging import say
 
     latest = distributed.broadcast_object(find_latest(folder / "checkpoints") if distributed.is_main() else None)
@@ -162,7 +163,7 @@ def start_from(state, checkpoint, path, strict, skip_mismatched=False):
     strict: take the optimizer state too. skip_mismatched: tensors of another shape keep their fresh values.
     Raises ValueError listing, by name, what is missing, unknown or of another shape.
     """
-    from utils.checkpoint import load_weights_into, steps_done, weights_of
+    from training.checkpoint import load_weights_into, steps_done, weights_of
 
     for net, which in ((state.net, "model"), (state.ema.net, "ema")):
         load_weights_into(net, weights_of(checkpoint, which, path), path, skip_mismatched)
@@ -205,67 +206,3 @@ def _describe(state, dataset, folder):
     say(f"{folder}: {state.config.model.model_type}, {parameters / 1e6:.1f}M parameters, {len(dataset):,} samples of {dataset.name}")
     say(f"{distributed.world_size()} process(es) on {state.device.type}, {train.batchsize} images each per step in {train.grad_accum} "
         f"round(s), precision {state.amp}, blocks {'compiled' if state.compiled else 'not compiled'}, steps {state.step} to {state.end_step}")
-
-
-# ------------------------------------------------------------------------------------------------ pictures and numbers on the way
-
-def make_sample_grid(config, folder, dataset, device):
-    """sample_grid(net, step) -> picture (H, W, 3) uint8: images of fixed seeds, saved as samples/STEP.png; None if not asked for."""
-    if not config.log.sample_every:
-        return None
-    from utils.generation import draw_grid, image_decoder, latents_to_uint8
-    from utils.logging import say
-
-    try:
-        decode = image_decoder(config.vae, config.model.in_channels, device)
-    except FileNotFoundError as error:
-        say(f"{error}; until then sample grids show the first three latent channels")
-        decode = latents_to_uint8
-    (folder / "samples").mkdir(exist_ok=True)
-
-    def sample_grid(net, step):
-        return draw_grid(net, decode, config, device, folder / "samples" / f"{step:07d}.png", dataset.class_names)
-
-    return sample_grid
-
-
-def make_evaluate(config, folder, device):
-    """evaluate(net, step) -> numbers, from eval.num_images samples of seeds 0, 1, ...; None if not asked for.
-
-    The numbers with every setting behind them are saved as evaluations/STEP.json.
-    """
-    if not config.eval.every:
-        return None
-    from fid.evaluate import Evaluator, format_result, save_result
-    from utils.generation import generate, image_decoder
-    from utils.logging import say
-
-    decode = image_decoder(config.vae, config.model.in_channels, device)
-    sample = dataclasses.replace(config.sample, num_steps=config.eval.num_steps)
-    evaluator = Evaluator.from_config(dataclasses.replace(config.eval, metrics=config.eval.metrics or "fid"))
-
-    def evaluate(net, step):
-        evaluator.reset()
-        for batch in generate(net, decode, list(range(config.eval.num_images)), sample, device):
-            evaluator.add(batch.images, batch.index)
-        result = evaluator.result()
-        say(f"evaluation of the average at step {step}:\n{format_result(result)}")
-        save_result(folder / "evaluations" / f"{step:07d}.json", result)
-        return result["numbers"]
-
-    return evaluate
-
-
-def draw_loss_curve(folder):
-    """folder/loss.png from folder/metrics.jsonl."""
-    import json
-
-    from utils.images import plot_curves
-
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
-    if lines:
-        steps = [line["step"] for line in lines]
-        series = {name: (steps, [line[key] for line in lines])
-                  for name, key in (("loss", "loss"), ("denoising", "loss_denoising"), ("reconstruction (MAE)", "loss_mae"))}
-        plot_curves(folder / "loss.png", series, xlabel="step", ylabel="loss", title=folder.name)

@@ -1,0 +1,1 @@
+"""Latents and images as training reads them: formats, order, conversion."""
