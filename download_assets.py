@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from utils import cli
+from utils.cli import UserError
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def find_assets(names):
     for name in names:
         if name != "all" and name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise ValueError(f"--name {name} is unknown; the nearest is {nearest}, and --list shows all")
+            raise UserError(f"--name {name} is unknown; the nearest is {nearest}, and --list shows all")
     return list(known.values()) if "all" in names else [known[name] for name in dict.fromkeys(names)]
 
 
@@ -174,7 +175,7 @@ def make_folder(dest):
     try:
         dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"--dest {dest} cannot be made ({error.strerror}); choose another folder") from error
+        raise UserError(f"--dest {dest} cannot be made ({error.strerror}); choose another folder") from error
 
 
 def main():

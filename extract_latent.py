@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from utils import cli
+from utils.cli import UserError
 
 
 def parse_arguments():
@@ -53,8 +54,8 @@ def main():
         say(f"{args.dest}: complete, {manifest['num_images']:,} images, {len(manifest['skipped'])} left out")
     distributed.shutdown()
     if manifest is None:
-        raise ValueError(f"{len(bad)} images of {args.images} cannot be read, the first is {bad[0].image}; replace them or give "
-                         f"--skip_bad, then run the same command again: finished shards are kept")
+        raise UserError(f"{len(bad)} images of {args.images} cannot be read, the first is {bad[0].image}; replace them or give "
+                        f"--skip_bad, then run the same command again: finished shards are kept")
 
 
 def prepare(args):

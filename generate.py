@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.cli import run
+from utils.cli import UserError, run
 from utils.config import from_dict, load_config, to_dict
 
 # Flags that set one key of the config's sample section each.
@@ -53,10 +53,10 @@ def parse_seeds(text):
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise ValueError(f"--seeds {text}: wanted numbers and ranges such as 0-49 or 3,7,10-19")
+            raise UserError(f"--seeds {text}: wanted numbers and ranges such as 0-49 or 3,7,10-19")
         seeds += range(int(first), int(last if dash else first) + 1)
     if len(set(seeds)) != len(seeds):
-        raise ValueError(f"--seeds {text}: a seed is named twice; each seed makes one image")
+        raise UserError(f"--seeds {text}: a seed is named twice; each seed makes one image")
     return seeds
 
 
@@ -78,7 +78,7 @@ def main():
     seeds = parse_seeds(args.seeds)
     load_config(args.config, overrides)  # misspelt keys fail here, before torch is imported
     if args.format == "none" and not args.ref_path:
-        raise ValueError("--format none writes nothing; it needs --ref_path, whose numbers are then the result")
+        raise UserError("--format none writes nothing; it needs --ref_path, whose numbers are then the result")
     from utils import distributed
 
     if args.num_process_per_node and not distributed.launched():
@@ -160,7 +160,7 @@ def resolve_classes(class_idx, num_classes, class_names):
     if not class_idx:
         return []
     if not num_classes:
-        raise ValueError(f"--class_idx {' '.join(class_idx)}: this model has no classes; leave --class_idx out")
+        raise UserError(f"--class_idx {' '.join(class_idx)}: this model has no classes; leave --class_idx out")
     names = class_names or [str(index) for index in range(num_classes)]
     return [resolve_class(text, names) for text in class_idx]
 
@@ -183,9 +183,9 @@ def claim_folder(outdir, args, config, class_idx):
         if not distributed.is_main():
             return json.loads(text)
         if note.is_file() and note.read_text() != text:
-            raise ValueError(f"{outdir} holds samples of other settings (see {note}); choose another --outdir")
+            raise UserError(f"{outdir} holds samples of other settings (see {note}); choose another --outdir")
         if outdir.is_dir() and any(outdir.iterdir()) and not note.is_file():
-            raise ValueError(f"{outdir} holds other files; choose another --outdir")
+            raise UserError(f"{outdir} holds other files; choose another --outdir")
         outdir.mkdir(parents=True, exist_ok=True)
         for leftover in outdir.glob("part-*.npy"):  # of an interrupted run, perhaps with another batch size
             leftover.unlink()

@@ -5,7 +5,7 @@
 
 import sys
 
-from utils.cli import run
+from utils.cli import UserError, run
 from training.run import launch_if_asked, parse_arguments, resolve_config, train
 
 
@@ -25,8 +25,8 @@ def make_encode(config, dataset, device):
     autoencoder = load_autoencoder(config.vae.path, device)
     side = config.data.resolution // autoencoder.downsample
     if (autoencoder.latent_channels, side) != (config.model.in_channels, config.model.in_size):
-        raise ValueError(f"vae.path={config.vae.path} makes {autoencoder.latent_channels} x {side} x {side} latents of "
-                         f"data.resolution={config.data.resolution}; set model.in_channels={autoencoder.latent_channels} and model.in_size={side}")
+        raise UserError(f"vae.path={config.vae.path} makes {autoencoder.latent_channels} x {side} x {side} latents of "
+                        f"data.resolution={config.data.resolution}; set model.in_channels={autoencoder.latent_channels} and model.in_size={side}")
 
     @torch.no_grad()
     def encode(images, generator):
@@ -41,7 +41,7 @@ def main():
     args, overrides = parse_arguments(__doc__.splitlines()[0])
     config = resolve_config(args, overrides)
     if not config.data.root:
-        raise ValueError("data.root is empty: give the folder of images, as in data.root=data/imagenet/train")
+        raise UserError("data.root is empty: give the folder of images, as in data.root=data/imagenet/train")
     code = launch_if_asked(args, __file__, sys.argv[1:])
     return train(config, args, open_dataset, make_encode) if code is None else code
 

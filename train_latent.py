@@ -5,7 +5,7 @@
 
 import sys
 
-from utils.cli import run
+from utils.cli import UserError, run
 from training.run import launch_if_asked, parse_arguments, resolve_config, train
 
 
@@ -16,8 +16,8 @@ def open_dataset(config):
     model = config.model
     wanted = (2 * model.in_channels, model.in_size, model.in_size)
     if dataset.sample_shape != wanted:
-        raise ValueError(f"data.root={config.data.root} holds moments of shape {dataset.sample_shape}, but model.in_channels={model.in_channels} "
-                         f"and model.in_size={model.in_size} want {wanted}")
+        raise UserError(f"data.root={config.data.root} holds moments of shape {dataset.sample_shape}, but model.in_channels={model.in_channels} "
+                        f"and model.in_size={model.in_size} want {wanted}")
     return dataset
 
 
@@ -32,7 +32,7 @@ def main():
     args, overrides = parse_arguments(__doc__.splitlines()[0])
     config = resolve_config(args, overrides)
     if not config.data.root:
-        raise ValueError("data.root is empty: give the folder of stored latents, as in data.root=assets/imagenet_256_latent_lmdb")
+        raise UserError("data.root is empty: give the folder of stored latents, as in data.root=assets/imagenet_256_latent_lmdb")
     code = launch_if_asked(args, __file__, sys.argv[1:])
     return train(config, args, open_dataset, make_encode) if code is None else code
 

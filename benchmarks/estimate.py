@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import model_flops, print_table
-from utils.cli import run
+from utils.cli import UserError, run
 
 
 class Gpu(NamedTuple):
@@ -223,12 +223,12 @@ def measured_rows(paths):
         try:
             report = json.loads(path.read_text())
             if not report["rows"]:
-                raise ValueError("it has no rows")
+                raise UserError("it has no rows")
             rows += [_measured_row(row, launch_s=0.0 if report["device"].startswith("CPU") else LAUNCH_S) for row in report["rows"]]
         except OSError as error:
-            raise FileNotFoundError(f"--measured {path}: {error.strerror}") from error
+            raise UserError(f"--measured {path}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"--measured {path}: wanted a file that benchmarks.train wrote with --json ({error!r})") from error
+            raise UserError(f"--measured {path}: wanted a file that benchmarks.train wrote with --json ({error!r})") from error
     return rows
 
 
@@ -254,14 +254,14 @@ def _names(text):
     names = text.lower().split(",")
     for name in names:
         if name not in GPUS:
-            raise ValueError(f"--gpu {name} is unknown; known are {', '.join(GPUS)}")
+            raise UserError(f"--gpu {name} is unknown; known are {', '.join(GPUS)}")
     return names
 
 
 def _counts(text):
     counts = text.split(",")
     if not all(count.isdigit() and int(count) for count in counts):
-        raise ValueError(f"--gpus {text}: wanted numbers above 0, as in 8 or 8,64,512")
+        raise UserError(f"--gpus {text}: wanted numbers above 0, as in 8 or 8,64,512")
     return [int(count) for count in counts]
 
 

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from benchmarks.train import ARMS, WITHOUT
-from utils.cli import run
+from utils.cli import UserError, run
 
 TITLES = {"plain": "plain path", "ours": "{} masked", "compiled": "{} masked, compiled", "unmasked": "unmasked", "dit": "DiT, no decoder"}
 TITLES |= {arm: "{} masked, " + arm.replace("_", " ") for arm in WITHOUT}
@@ -33,9 +33,9 @@ def read_rows(path):
         rows, device = content["rows"], content["device"]
         missing = [key for row in rows for key in NEEDED if key not in row]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of benchmarks/train.py ({error!r})") from error
+        raise UserError(f"{path} is no result of benchmarks/train.py ({error!r})") from error
     if missing or not rows:
-        raise ValueError(f"{path} is no result of benchmarks/train.py (its rows lack {missing[0] if missing else 'everything'})")
+        raise UserError(f"{path} is no result of benchmarks/train.py (its rows lack {missing[0] if missing else 'everything'})")
     return rows, device
 
 
@@ -49,8 +49,8 @@ def groups_of(rows):
         label = f"{row['model']}\n{row['amp']}, batch {row['batch']}"
         other = groups.setdefault(label, {}).get(row["arm"], row)
         if (row["masked"], row.get("config")) != (other["masked"], other.get("config")):
-            raise ValueError(f"there are two bars of {row['arm']} for {' '.join(label.split())}, of other masked shares or image sizes; "
-                             f"draw them as pictures of their own")
+            raise UserError(f"there are two bars of {row['arm']} for {' '.join(label.split())}, of other masked shares or image sizes; "
+                            f"draw them as pictures of their own")
         groups[label][row["arm"]] = row
     return groups
 
@@ -108,7 +108,7 @@ def main():
     else:
         devices = {device for _, device in found.values()}
         if len(devices) > 1:
-            raise ValueError(f"these files are of different devices, which one picture cannot compare: {', '.join(sorted(devices))}")
+            raise UserError(f"these files are of different devices, which one picture cannot compare: {', '.join(sorted(devices))}")
         pictures = {args.output: ([row for rows, _ in found.values() for row in rows], devices.pop())}
     for path, (rows, device) in pictures.items():
         draw(rows, device, path)

@@ -17,6 +17,7 @@ import torch
 from utils import distributed
 from dataset.images import CorruptImage
 from dataset.store import LatentWriter, Plan
+from utils.cli import UserError
 from utils.logging import Progress, format_seconds, say
 
 
@@ -50,11 +51,11 @@ def make_plan(images, vae, vae_name, vae_dtype, first, num_images, batch_size, d
     Raises ValueError if the range or the resolution does not fit.
     """
     if not 0 <= first < first + num_images <= images.num_images:
-        raise ValueError(f"--first {first} --num_images {num_images}: {images.name} has images 0..{images.num_images - 1}")
+        raise UserError(f"--first {first} --num_images {num_images}: {images.name} has images 0..{images.num_images - 1}")
     if batch_size < 1:
-        raise ValueError(f"--batch {batch_size} must be at least 1")
+        raise UserError(f"--batch {batch_size} must be at least 1")
     if images.resolution % vae.downsample:
-        raise ValueError(f"--resolution {images.resolution} must be a multiple of {vae.downsample}, the VAE's reduction")
+        raise UserError(f"--resolution {images.resolution} must be a multiple of {vae.downsample}, the VAE's reduction")
     size = images.resolution // vae.downsample
     made_by = {"program": "extract_latent", "images": images.path.name, "images_sha256": images.fingerprint(), "first": first,
                "resolution": images.resolution, "batch": batch_size, "vae_sha256": fingerprint(vae),

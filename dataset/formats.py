@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from dataset.store import MANIFEST, PARTIAL, LatentSet, StoredLatents, check_not_cut
+from utils.cli import UserError
 
 MOMENTS_CHANNELS = 8
 CERTAIN_LOGVAR = -30.0
@@ -40,14 +41,14 @@ def open_latent_set(path, xflip=False):
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder (stored latents wanted)")
+        raise UserError(f"{path}: no such file or folder (stored latents wanted)")
     for reader, finds in READERS:
         found = finds(path)
         if found:
             return reader(found, xflip)
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) if path.is_dir() else "a file of another kind"
-    raise ValueError(f"{path}: no stored latents found in it ({inside or 'empty'}); wanted {MANIFEST}, data.mdb, *.tar, "
-                     f"*.safetensors, *_features with *_labels, or class folders of .npz; extract_latent.py makes them of images")
+    raise UserError(f"{path}: no stored latents found in it ({inside or 'empty'}); wanted {MANIFEST}, data.mdb, *.tar, "
+                    f"*.safetensors, *_features with *_labels, or class folders of .npz; extract_latent.py makes them of images")
 
 
 class FormatSet(LatentSet):
@@ -58,7 +59,7 @@ class FormatSet(LatentSet):
     def _set_shape(self, shape, where, dtype=np.float32):
         """Take over the shape (C, H, W) and type of one stored sample."""
         if len(shape) != 3 or shape[1] != shape[2] or np.dtype(dtype) not in (np.float16, np.float32):
-            raise ValueError(f"{where}: {np.dtype(dtype)} of shape {tuple(shape)}, wanted float16 or float32 (channels, size, size)")
+            raise UserError(f"{where}: {np.dtype(dtype)} of shape {tuple(shape)}, wanted float16 or float32 (channels, size, size)")
         self.holds_latents = shape[0] != MOMENTS_CHANNELS
         self.sample_shape = (shape[0] * (2 if self.holds_latents else 1), *shape[1:])
         self.dtype = np.dtype(dtype)
@@ -71,8 +72,8 @@ class FormatSet(LatentSet):
             mirrored, image = divmod(index, self.num_images)
             array, where = self._array(image, mirrored)
             if array.shape != wanted or array.dtype != self.dtype:
-                raise ValueError(f"{where}: {array.dtype} of shape {array.shape}, wanted {self.dtype} of shape {wanted} "
-                                 f"as the first sample")
+                raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted {self.dtype} of shape {wanted} "
+                                f"as the first sample")
             row[:] = array
 
     def _array(self, image, mirrored):
@@ -92,7 +93,7 @@ class LMDBLatents(FormatSet):
         with _environment(file).begin(buffers=True) as transaction:
             self.num_images = _ascii_int(self._value(transaction, "length"), f"{file}: length")
             if self.num_images < 1:
-                raise ValueError(f"{file}: length says {self.num_images} images")
+                raise UserError(f"{file}: length says {self.num_images} images")
             size = isqrt(len(self._value(transaction, "z-0")) // (4 * MOMENTS_CHANNELS))
             self._set_shape((MOMENTS_CHANNELS, size, size), f"{file}: z-0")
             self.mirrored = xflip and transaction.get(f"z-{self.num_images}".encode()) is not None
@@ -103,13 +104,13 @@ class LMDBLatents(FormatSet):
         wanted = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         found = self.file.stat().st_size
         if found < wanted:
-            raise ValueError(f"{self.file} is cut short: {found} bytes, its page table wants {wanted}; fetch it again")
+            raise UserError(f"{self.file} is cut short: {found} bytes, its page table wants {wanted}; fetch it again")
         self.num_bytes = wanted
 
     def _value(self, transaction, key):
         value = transaction.get(key.encode())
         if value is None:
-            raise ValueError(f"{self.file}: no key {key}; is this a set of latents, and complete?")
+            raise UserError(f"{self.file}: no key {key}; is this a set of latents, and complete?")
         return value
 
     def _read_moments(self, indices, out):
@@ -121,8 +122,8 @@ class LMDBLatents(FormatSet):
             for row, index in zip(rows, indices.tolist()):
                 value = self._value(transaction, f"z-{index}")
                 if len(value) != wanted:
-                    raise ValueError(f"{self.file}: z-{index} has {len(value)} bytes, wanted {wanted} "
-                                     f"(float32 {self.sample_shape})")
+                    raise UserError(f"{self.file}: z-{index} has {len(value)} bytes, wanted {wanted} "
+                                    f"(float32 {self.sample_shape})")
                 row[:] = np.frombuffer(value, np.float32)
 
     def _read_labels(self, image_indices):
@@ -150,7 +151,7 @@ def _environment(file):
         try:
             environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
         except lmdb.Error as error:
-            raise ValueError(f"{file} is not a readable LMDB file ({error}); fetch it again") from error
+            raise UserError(f"{file} is not a readable LMDB file ({error}); fetch it again") from error
         _environments[file] = (os.getpid(), environment)
         return environment
 
@@ -179,7 +180,7 @@ class WebDatasetLatents(FormatSet):
         self.index = np.array([(number, *places) for number, file in enumerate(files) for places in self._places(file)], np.int64)
         self.num_images = len(self.index)
         if not self.num_images:
-            raise ValueError(f"{self.name}: no sample in {len(files)} tar files")
+            raise UserError(f"{self.name}: no sample in {len(files)} tar files")
         self._maps = {}
         first, where = self._array(0, False)
         self._set_shape(first.shape, where, first.dtype)
@@ -202,8 +203,8 @@ class WebDatasetLatents(FormatSet):
         for role, kinds in self.ROLES.items():
             place = next((members[kind] for kind in kinds if kind in members), (0, 0))
             if not place[1] and role != "mirrored moments":
-                raise ValueError(f"{file}: sample {key} has no {role}: it has {', '.join(sorted(members))}, "
-                                 f"wanted one of {', '.join(kinds)} with content (pickles are not read)")
+                raise UserError(f"{file}: sample {key} has no {role}: it has {', '.join(sorted(members))}, "
+                                f"wanted one of {', '.join(kinds)} with content (pickles are not read)")
             places += place
         return places
 
@@ -259,13 +260,13 @@ class SafetensorsLatents(FormatSet):
     def _check_shard(self, file, header):
         for key in ("latents", "labels"):
             if key not in header:
-                raise ValueError(f"{file}: no tensor {key}; found {', '.join(header) or 'none'}")
+                raise UserError(f"{file}: no tensor {key}; found {', '.join(header) or 'none'}")
         count = header["labels"]["shape"][0] if header["labels"]["shape"] else None
         wanted = [count, *self.headers[0]["latents"]["shape"][1:]]
         for key in ("latents", "latents_flip"):
             if key in header and header[key]["shape"] != wanted:
-                raise ValueError(f"{file}: {key} of shape {header[key]['shape']}, wanted {wanted} "
-                                 f"(labels {header['labels']['shape']}, first file {self.headers[0]['latents']['shape']})")
+                raise UserError(f"{file}: {key} of shape {header[key]['shape']}, wanted {wanted} "
+                                f"(labels {header['labels']['shape']}, first file {self.headers[0]['latents']['shape']})")
 
     def _tensor(self, shard, key):
         tensor = self._maps.get((shard, key))
@@ -307,9 +308,9 @@ class FeatureFolderLatents(FormatSet):
         self.labels = {file.name: file for file in _sorted_files(labels, ".npy")}
         alone = sorted(self.features.keys() ^ self.labels.keys())
         if alone:
-            raise ValueError(f"{features} and {labels}: {len(alone)} names are in only one of them, first {alone[0]}")
+            raise UserError(f"{features} and {labels}: {len(alone)} names are in only one of them, first {alone[0]}")
         if not self.features:
-            raise ValueError(f"{features}: no .npy files")
+            raise UserError(f"{features}: no .npy files")
         self.names = list(self.features)
         self.num_images = len(self.names)
         first, where = self._array(0, False)
@@ -421,12 +422,12 @@ def _ascii_int(data, where):
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"{where} is {text!r}, wanted a whole number in ascii") from None
+        raise UserError(f"{where} is {text!r}, wanted a whole number in ascii") from None
 
 
 def _scalar(array, where):
     if array.size != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"{where}: {array.dtype} of shape {array.shape}, wanted one integer")
+        raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted one integer")
     return int(array.reshape(()))
 
 
@@ -434,11 +435,11 @@ def _json_label(data, where):
     try:
         content = json.loads(bytes(data))
     except ValueError as error:
-        raise ValueError(f"{where} is not JSON ({error})") from error
+        raise UserError(f"{where} is not JSON ({error})") from error
     for key in ("label", "cls"):
         if isinstance(content, dict) and isinstance(content.get(key), int):
             return content[key]
-    raise ValueError(f"{where}: no whole number under label or cls")
+    raise UserError(f"{where}: no whole number under label or cls")
 
 
 def _tar_members(file):
@@ -449,7 +450,7 @@ def _tar_members(file):
     """
     size = os.path.getsize(file)
     if not size:
-        raise ValueError(f"{file} is empty; fetch it again")
+        raise UserError(f"{file} is empty; fetch it again")
     members, position, extended = [], 0, {}
     with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
         while True:
@@ -460,7 +461,7 @@ def _tar_members(file):
             begin, length = position + 512, int(extended.get("size", length))
             position = begin + -(-length // 512) * 512
             if position > size:
-                raise ValueError(f"{file} is cut short inside {name}: {size} bytes, wanted at least {position}; fetch it again")
+                raise UserError(f"{file} is cut short inside {name}: {size} bytes, wanted at least {position}; fetch it again")
             if kind == b"x":
                 extended = _pax_records(data[begin:begin + length])
             elif kind == b"L":
@@ -475,13 +476,13 @@ def _tar_header(file, header, position, size):
     """Name, data bytes and type of the member whose header block this is."""
     try:
         if sum(header) - sum(header[148:156]) + 8 * 32 != int(header[148:156].strip(b" \0"), 8):
-            raise ValueError("wrong checksum")
+            raise UserError("wrong checksum")
         name, prefix = (field.split(b"\0", 1)[0].decode() for field in (header[:100], header[345:500]))
         length = header[124:136]
         length = int.from_bytes(length[1:], "big") if length[0] == 0x80 else int(length.strip(b" \0") or b"0", 8)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{file} is cut short or not an uncompressed tar: no header or end mark at byte {position} of {size} "
-                         f"({error}); fetch it again") from error
+        raise UserError(f"{file} is cut short or not an uncompressed tar: no header or end mark at byte {position} of {size} "
+                        f"({error}); fetch it again") from error
     return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name, length, header[156:157]
 
 
@@ -506,7 +507,7 @@ def _npy_array(data, where):
         stream = io.BytesIO(data)
         return np.lib.format.read_array(stream, allow_pickle=False)
     except (ValueError, EOFError, SyntaxError) as error:
-        raise ValueError(f"{where}: {len(data)} bytes are not a whole .npy array of numbers ({error})") from error
+        raise UserError(f"{where}: {len(data)} bytes are not a whole .npy array of numbers ({error})") from error
 
 
 def _npz_array(file, key):
@@ -518,7 +519,7 @@ def _npz_array(file, key):
                 raise KeyError(f"no {key}; found {', '.join(members.files)}")
             return members[key]
     except (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{file}: {key} cannot be read ({error})") from error
+        raise UserError(f"{file}: {key} cannot be read ({error})") from error
 
 
 def _raw_moments(data, where):
@@ -527,7 +528,7 @@ def _raw_moments(data, where):
         values, rest = divmod(len(data), np.dtype(dtype).itemsize * MOMENTS_CHANNELS)
         if not rest and values and isqrt(values) ** 2 == values:
             return np.frombuffer(data, dtype).reshape(MOMENTS_CHANNELS, isqrt(values), isqrt(values))
-    raise ValueError(f"{where}: {len(data)} bytes are neither float32 nor float16 moments [8, H, H]")
+    raise UserError(f"{where}: {len(data)} bytes are neither float32 nor float16 moments [8, H, H]")
 
 
 SAFETENSORS_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32}
@@ -539,21 +540,21 @@ def _safetensors_header(file):
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if not 2 <= length <= size - 8:
-            raise ValueError(f"{file} is cut short or not safetensors: header of {length} bytes in a file of {size}")
+            raise UserError(f"{file} is cut short or not safetensors: header of {length} bytes in a file of {size}")
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise ValueError(f"{file}: its header is not JSON ({error}); fetch it again") from error
+            raise UserError(f"{file}: its header is not JSON ({error}); fetch it again") from error
     header.pop("__metadata__", None)
     for key, entry in header.items():
         start, end = (8 + length + offset for offset in entry["data_offsets"])
         entry["data_offsets"] = start, end
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
-            raise ValueError(f"{file}: {key} is {entry['dtype']}, wanted one of {', '.join(SAFETENSORS_DTYPES)}")
+            raise UserError(f"{file}: {key} is {entry['dtype']}, wanted one of {', '.join(SAFETENSORS_DTYPES)}")
         if end > size or end - start != np.dtype(dtype).itemsize * int(np.prod(entry["shape"], dtype=object)):
-            raise ValueError(f"{file} is cut short or damaged: {key} {entry['shape']} {entry['dtype']} lies at bytes "
-                             f"{start}..{end} of {size}; fetch it again")
+            raise UserError(f"{file} is cut short or damaged: {key} {entry['shape']} {entry['dtype']} lies at bytes "
+                            f"{start}..{end} of {size}; fetch it again")
     return header
 
 

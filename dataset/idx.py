@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.cli import UserError
+
 FASHION_MNIST_CLASSES = (
     "T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
 )
@@ -28,17 +30,17 @@ def read_idx(path):
     path = Path(path)
     data = _read_bytes(path)
     if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in IDX_DTYPES:
-        raise ValueError(f"{path} is not an idx file: it starts with {data[:4].hex() or 'nothing'}, wanted 0000TTNN "
-                         f"(type, number of dimensions)")
+        raise UserError(f"{path} is not an idx file: it starts with {data[:4].hex() or 'nothing'}, wanted 0000TTNN "
+                        f"(type, number of dimensions)")
     dtype, num_dims = np.dtype(IDX_DTYPES[data[2]]), data[3]
     header_bytes = 4 + 4 * num_dims
     if len(data) < header_bytes:
-        raise ValueError(f"{path} is cut short: {len(data)} bytes, its header alone has {header_bytes}; fetch it again")
+        raise UserError(f"{path} is cut short: {len(data)} bytes, its header alone has {header_bytes}; fetch it again")
     shape = struct.unpack(f">{num_dims}I", data[4:header_bytes])
     wanted = header_bytes + int(np.prod(shape, dtype=object)) * dtype.itemsize
     if len(data) != wanted:
         state = "is cut short" if len(data) < wanted else "has bytes left over"
-        raise ValueError(f"{path} {state}: {len(data)} bytes, its header (shape {shape}) wants {wanted}; fetch it again")
+        raise UserError(f"{path} {state}: {len(data)} bytes, its header (shape {shape}) wants {wanted}; fetch it again")
     array = np.frombuffer(data, dtype, offset=header_bytes).reshape(shape)
     return array.astype(dtype.newbyteorder("="))
 
@@ -52,15 +54,15 @@ def load_fashion_mnist(folder, split):
     Raises ValueError for another split or files that do not fit together, FileNotFoundError for a missing file.
     """
     if split not in SPLIT_PREFIXES:
-        raise ValueError(f"split={split!r} is unknown; wanted one of {', '.join(SPLIT_PREFIXES)}")
+        raise UserError(f"split={split!r} is unknown; wanted one of {', '.join(SPLIT_PREFIXES)}")
     prefix = SPLIT_PREFIXES[split]
     images_path = _find(folder, f"{prefix}-images-idx3-ubyte")
     labels_path = _find(folder, f"{prefix}-labels-idx1-ubyte")
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.shape[1:] != (28, 28) or images.dtype != np.uint8:
-        raise ValueError(f"{images_path} holds {images.dtype} of shape {images.shape}, wanted uint8 (N, 28, 28)")
+        raise UserError(f"{images_path} holds {images.dtype} of shape {images.shape}, wanted uint8 (N, 28, 28)")
     if labels.shape != images.shape[:1]:
-        raise ValueError(f"{labels_path} holds labels of shape {labels.shape}, wanted {images.shape[:1]} as {images_path}")
+        raise UserError(f"{labels_path} holds labels of shape {labels.shape}, wanted {images.shape[:1]} as {images_path}")
     return np.pad(images, ((0, 0), (2, 2), (2, 2))), labels.astype(np.int64)
 
 
@@ -72,12 +74,12 @@ def _read_bytes(path):
     try:
         return gzip.decompress(data)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is cut short or damaged gzip ({error}); fetch it again") from error
+        raise UserError(f"{path} is cut short or damaged gzip ({error}); fetch it again") from error
 
 
 def _find(folder, name):
     for path in (Path(folder) / f"{name}.gz", Path(folder) / name):
         if path.is_file():
             return path
-    raise FileNotFoundError(f"neither {name}.gz nor {name} is in {folder}; `python3 download_assets.py --name fashion-mnist` "
-                            f"fetches the set")
+    raise UserError(f"neither {name}.gz nor {name} is in {folder}; `python3 download_assets.py --name fashion-mnist` "
+                    f"fetches the set")

@@ -17,11 +17,12 @@ import numpy as np
 from PIL import Image
 
 from dataset.idx import FASHION_MNIST_CLASSES, read_idx
+from utils.cli import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 
 
-class CorruptImage(ValueError):
+class CorruptImage(UserError):
     """An image that cannot be decoded; `image` is its name within the set at `path`."""
 
     def __init__(self, path, image, reason):
@@ -61,12 +62,12 @@ class ImageSet:
 
     def __init__(self, path, resolution, labels, xflip=False):
         if resolution < 1:
-            raise ValueError(f"resolution={resolution} must be at least 1")
+            raise UserError(f"resolution={resolution} must be at least 1")
         self.path, self.name, self.resolution = Path(path), str(path), resolution
         self.labels, self.num_images, self.mirrored = labels, len(labels), xflip
         self.sample_shape = (3, resolution, resolution)
         if not self.num_images:
-            raise ValueError(f"{path}: no images; wanted files ending in {', '.join(SUFFIXES)}")
+            raise UserError(f"{path}: no images; wanted files ending in {', '.join(SUFFIXES)}")
 
     def __len__(self):
         return self.num_images * (2 if self.mirrored else 1)
@@ -134,7 +135,7 @@ class ZipImages(ImageFiles):
                 names = archive.namelist()
                 dataset_json = archive.read("dataset.json") if "dataset.json" in names else None
         except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is cut short or not a zip ({error}); fetch it again") from error
+            raise UserError(f"{path} is cut short or not a zip ({error}); fetch it again") from error
         super().__init__(path, names, dataset_json, resolution, xflip)
 
     def __getstate__(self):
@@ -164,10 +165,10 @@ class ArrayImages(ImageSet):
 
     def __init__(self, path, array, labels, resolution, xflip=False, pad=False, class_names=()):
         if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3)):
-            raise ValueError(f"{path}: images are {array.dtype} of shape {array.shape}, "
-                             f"wanted uint8 (N, H, W) or (N, H, W, 1 or 3)")
+            raise UserError(f"{path}: images are {array.dtype} of shape {array.shape}, "
+                            f"wanted uint8 (N, H, W) or (N, H, W, 1 or 3)")
         if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu"):
-            raise ValueError(f"{path}: labels are {labels.dtype} of shape {labels.shape}, wanted integers {array.shape[:1]}")
+            raise UserError(f"{path}: labels are {labels.dtype} of shape {labels.shape}, wanted integers {array.shape[:1]}")
         wanted = np.zeros(len(array), np.int64) if labels is None else labels.astype(np.int64)
         super().__init__(path, resolution, wanted, xflip)
         self.array, self.pad = array, pad
@@ -198,7 +199,7 @@ def open_image_set(path, resolution, xflip=False):
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder (images wanted)")
+        raise UserError(f"{path}: no such file or folder (images wanted)")
     if path.is_dir():
         idx_file = _idx_in(path)
         return _open_idx(idx_file, resolution, xflip) if idx_file else FolderImages(path, resolution, xflip)
@@ -208,13 +209,13 @@ def open_image_set(path, resolution, xflip=False):
         return _open_npz(path, resolution, xflip)
     if "idx3-ubyte" in path.name:
         return _open_idx(path, resolution, xflip)
-    raise ValueError(f"{path}: wanted a folder of images, a .zip, a .npz with arr_0, or an idx3-ubyte file")
+    raise UserError(f"{path}: wanted a folder of images, a .zip, a .npz with arr_0, or an idx3-ubyte file")
 
 
 def _idx_in(folder):
     files = sorted(folder.glob("*idx3-ubyte*"))
     if len(files) > 1:
-        raise ValueError(f"{folder} holds several idx sets ({', '.join(file.name for file in files)}); name one of the files")
+        raise UserError(f"{folder} holds several idx sets ({', '.join(file.name for file in files)}); name one of the files")
     return files[0] if files else None
 
 
@@ -223,7 +224,7 @@ def _open_idx(path, resolution, xflip):
     stem = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     labels_path = next((path.with_name(name) for name in (f"{stem}.gz", stem) if path.with_name(name).is_file()), None)
     if labels_path is None:
-        raise FileNotFoundError(f"neither {stem}.gz nor {stem} is in {path.parent}; {path.name} needs its labels")
+        raise UserError(f"neither {stem}.gz nor {stem} is in {path.parent}; {path.name} needs its labels")
     class_names = FASHION_MNIST_CLASSES if "fashion" in path.resolve().parent.name.lower() else ()
     return ArrayImages(path, read_idx(path), read_idx(labels_path), resolution, xflip, pad=True, class_names=class_names)
 
@@ -234,9 +235,9 @@ def _open_npz(path, resolution, xflip):
         with np.load(path, allow_pickle=False) as members:
             arrays = {key: members[key] for key in ("arr_0", "labels", "label", "arr_1") if key in members.files}
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is cut short or not an npz of numbers ({error})") from error
+        raise UserError(f"{path} is cut short or not an npz of numbers ({error})") from error
     if "arr_0" not in arrays:
-        raise ValueError(f"{path}: no images under arr_0")
+        raise UserError(f"{path}: no images under arr_0")
     images = arrays.pop("arr_0")
     return ArrayImages(path, images, next(iter(arrays.values()), None), resolution, xflip)
 
@@ -263,19 +264,19 @@ def _labels_of(path, names, dataset_json):
         if listed is not None:
             missing = next((name for name in names if name not in listed), None)
             if missing is not None:
-                raise ValueError(f"{path}: dataset.json has no label for {missing}")
+                raise UserError(f"{path}: dataset.json has no label for {missing}")
             labels = np.array([listed[name] for name in names], np.int64)
             return labels, int(labels.max(initial=-1)) + 1, []
     folders = [name.rpartition("/")[0] for name in names]
     deep = next((name for name, folder in zip(names, folders) if "/" in folder), None)
     if deep is not None:
-        raise ValueError(f"{path}: {deep} lies two folders deep, wanted CLASS/IMAGE; "
-                         f"give the folder that holds the class folders")
+        raise UserError(f"{path}: {deep} lies two folders deep, wanted CLASS/IMAGE; "
+                        f"give the folder that holds the class folders")
     classes = sorted(set(folders))
     if "" in classes and len(classes) > 1:
         loose = names[folders.index("")]
-        raise ValueError(f"{path}: {loose} lies beside class folders ({classes[1]}, ...); "
-                         f"wanted all images in class folders or none")
+        raise UserError(f"{path}: {loose} lies beside class folders ({classes[1]}, ...); "
+                        f"wanted all images in class folders or none")
     if classes in ([], [""]):
         return np.zeros(len(names), np.int64), 0, []
     index = {name: label for label, name in enumerate(classes)}
@@ -288,4 +289,4 @@ def _listed_labels(path, dataset_json):
         labels = json.loads(dataset_json)["labels"]
         return None if labels is None else {name: int(label) for name, label in labels}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: dataset.json is not {{'labels': [[name, class], ...]}} ({error!r})") from error
+        raise UserError(f"{path}: dataset.json is not {{'labels': [[name, class], ...]}} ({error!r})") from error

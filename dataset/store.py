@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cli import run
+from utils.cli import UserError, run
 
 FORMAT, VERSION = "maskdit-latents", 1
 MANIFEST, PARTIAL, PLAN = "manifest.json", ".partial", "plan.json"
@@ -71,8 +71,8 @@ class LatentSet:
             top = max(self.num_classes - 1, 0)
             if not 0 <= labels.min() <= labels.max() <= top:
                 wrong = int(np.flatnonzero((labels < 0) | (labels > top))[0])
-                raise ValueError(f"{self.name}: sample {int(indices[wrong])} has label {int(labels[wrong])}, "
-                                 f"wanted 0..{top}; is the number of classes right?")
+                raise UserError(f"{self.name}: sample {int(indices[wrong])} has label {int(labels[wrong])}, "
+                                f"wanted 0..{top}; is the number of classes right?")
         return labels
 
     def _read_moments(self, indices, out):
@@ -134,7 +134,7 @@ class LatentWriter:
     def _begin(self):
         others = [entry.name for entry in self.path.iterdir() if entry.name != PARTIAL] if self.path.is_dir() else []
         if any(not _is_shard_file(name) for name in others) or (others and not self.partial.is_dir()):
-            raise ValueError(f"{self.path} is not empty ({sorted(others)[0]}) and no set of latents; choose another folder")
+            raise UserError(f"{self.path} is not empty ({sorted(others)[0]}) and no set of latents; choose another folder")
         self.partial.mkdir(parents=True, exist_ok=True)
         _write_file(self.partial / PLAN, self.partial, _json_bytes(asdict(self.plan)))
 
@@ -150,16 +150,16 @@ class LatentWriter:
         Raises ValueError for a wrong shape, for values that are not finite in the stored type, for labels out of range.
         """
         if (mirrored is not None) != self.plan.mirrored:
-            raise ValueError(f"shard {shard}: mirrored copies {'given' if mirrored is not None else 'missing'}, "
-                             f"the plan says mirrored={self.plan.mirrored}")
+            raise UserError(f"shard {shard}: mirrored copies {'given' if mirrored is not None else 'missing'}, "
+                            f"the plan says mirrored={self.plan.mirrored}")
         files = {}
         for kind, array in (("moments", moments), ("mirrored", mirrored)):
             if array is not None:
                 files[f"{kind}-{shard:05d}.npy"] = self._checked_moments(shard, kind, array, len(labels))
         files[f"labels-{shard:05d}.npy"] = self._checked_labels(shard, labels)
         if len(labels) + len(skipped) != len(self.plan.shard_range(shard)):
-            raise ValueError(f"shard {shard}: {len(labels)} samples and {len(skipped)} skipped, "
-                             f"wanted {len(self.plan.shard_range(shard))} together")
+            raise UserError(f"shard {shard}: {len(labels)} samples and {len(skipped)} skipped, "
+                            f"wanted {len(self.plan.shard_range(shard))} together")
         record = {"count": len(labels), "files": {}, "skipped": list(skipped)}
         for name, array in files.items():
             data = _npy_bytes(array)
@@ -173,14 +173,14 @@ class LatentWriter:
             shutil.rmtree(self.partial, ignore_errors=True)  # a kill between manifest and tidying leaves it
             return read_manifest(self.path)
         if self.pending():
-            raise ValueError(f"{self.path} still lacks shards {self.pending()[:8]} of {self.plan.num_shards}")
+            raise UserError(f"{self.path} still lacks shards {self.pending()[:8]} of {self.plan.num_shards}")
         records = [json.loads(self._record_file(shard).read_text()) for shard in range(self.plan.num_shards)]
         manifest = {"format": FORMAT, "version": VERSION, **asdict(self.plan)}
         manifest["num_images"] = sum(record["count"] for record in records)
         manifest["skipped"] = [name for record in records for name in record.pop("skipped")]
         manifest["shards"] = records
         if not manifest["num_images"]:
-            raise ValueError(f"{self.path}: every image was skipped, nothing to store")
+            raise UserError(f"{self.path}: every image was skipped, nothing to store")
         _write_file(self.path / MANIFEST, self.partial, _json_bytes(manifest))
         self.complete = True
         shutil.rmtree(self.partial)
@@ -192,20 +192,20 @@ class LatentWriter:
     def _checked_moments(self, shard, kind, array, count):
         wanted = (count, *self.plan.sample_shape)
         if array.shape != wanted:
-            raise ValueError(f"shard {shard}: {kind} of shape {array.shape}, wanted {wanted}")
+            raise UserError(f"shard {shard}: {kind} of shape {array.shape}, wanted {wanted}")
         with np.errstate(over="ignore"):
             array = np.ascontiguousarray(array, self.plan.dtype)
         finite = np.isfinite(array).all((1, 2, 3))
         if not finite.all():
-            raise ValueError(f"shard {shard}: {kind} of sample {int(np.flatnonzero(~finite)[0])} not finite as "
-                             f"{self.plan.dtype}; is the VAE the right one? float32 storage takes larger values")
+            raise UserError(f"shard {shard}: {kind} of sample {int(np.flatnonzero(~finite)[0])} not finite as "
+                            f"{self.plan.dtype}; is the VAE the right one? float32 storage takes larger values")
         return array
 
     def _checked_labels(self, shard, labels):
         labels = np.ascontiguousarray(labels, np.int64)
         top = max(self.plan.num_classes - 1, 0)
         if len(labels) and not 0 <= labels.min() <= labels.max() <= top:
-            raise ValueError(f"shard {shard}: labels {labels.min()}..{labels.max()}, wanted 0..{top}")
+            raise UserError(f"shard {shard}: labels {labels.min()}..{labels.max()}, wanted 0..{top}")
         return labels
 
 
@@ -241,8 +241,8 @@ class StoredLatents(LatentSet):
             with open(self.path / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != entry["sha256"]:
-                raise ValueError(f"{self.path / name}: sha256 {found}, the manifest wants {entry['sha256']}; "
-                                 f"restore the file or make the set again")
+                raise UserError(f"{self.path / name}: sha256 {found}, the manifest wants {entry['sha256']}; "
+                                f"restore the file or make the set again")
 
     def _files(self):
         return [item for shard in self.manifest["shards"] for item in shard["files"].items()]
@@ -252,8 +252,8 @@ class StoredLatents(LatentSet):
             file = self.path / name
             found = file.stat().st_size if file.is_file() else None
             if found != entry["bytes"]:
-                raise ValueError(f"{file}: {'missing' if found is None else f'{found} bytes'}, "
-                                 f"the manifest wants {entry['bytes']} bytes; restore the file or make the set again")
+                raise UserError(f"{file}: {'missing' if found is None else f'{found} bytes'}, "
+                                f"the manifest wants {entry['bytes']} bytes; restore the file or make the set again")
 
     def _read_moments(self, indices, out):
         images = indices % self.num_images
@@ -297,10 +297,10 @@ def check_not_cut(file, wanted, sample):
     try:
         found = os.stat(file).st_size
     except OSError as error:
-        raise OSError(f"{file}: sample {sample} cannot be read ({error.strerror}); is the disk still there?") from error
+        raise UserError(f"{file}: sample {sample} cannot be read ({error.strerror}); is the disk still there?") from error
     if found < wanted:
-        raise ValueError(f"{file}: sample {sample} cannot be read, the file was cut to {found} bytes since it was opened, "
-                         f"it should have {wanted}; restore it or make the set again")
+        raise UserError(f"{file}: sample {sample} cannot be read, the file was cut to {found} bytes since it was opened, "
+                        f"it should have {wanted}; restore it or make the set again")
 
 
 def read_manifest(path):
@@ -308,14 +308,14 @@ def read_manifest(path):
     file = Path(path) / MANIFEST
     if not file.is_file():
         reason = "its writer was interrupted: run the same command again" if (Path(path) / PARTIAL).is_dir() else "not a set"
-        raise ValueError(f"{file} is missing ({reason})")
+        raise UserError(f"{file} is missing ({reason})")
     try:
         manifest = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); restore it or make the set again") from error
+        raise UserError(f"{file} is not JSON ({error}); restore it or make the set again") from error
     kind = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
     if kind != (FORMAT, VERSION):
-        raise ValueError(f"{file} is of format and version {kind}, wanted {(FORMAT, VERSION)}")
+        raise UserError(f"{file} is of format and version {kind}, wanted {(FORMAT, VERSION)}")
     return manifest
 
 
@@ -323,17 +323,17 @@ def _mapped(file, shape, dtype):
     """Memory-map a .npy file. Raises ValueError if its header says another shape or type."""
     array = np.load(file, mmap_mode="r", allow_pickle=False)
     if array.shape != shape or array.dtype != dtype:
-        raise ValueError(f"{file}: {array.dtype} of shape {array.shape}, the manifest wants {dtype} of shape {shape}")
+        raise UserError(f"{file}: {array.dtype} of shape {array.shape}, the manifest wants {dtype} of shape {shape}")
     return array
 
 
 def _check_plan(plan):
     if plan.dtype not in DTYPES:
-        raise ValueError(f"dtype={plan.dtype!r} is unknown; wanted one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype={plan.dtype!r} is unknown; wanted one of {', '.join(DTYPES)}")
     if plan.num_images < 1 or plan.shard_size < 1:
-        raise ValueError(f"num_images={plan.num_images} and shard_size={plan.shard_size} must be at least 1")
+        raise UserError(f"num_images={plan.num_images} and shard_size={plan.shard_size} must be at least 1")
     if plan.class_names and len(plan.class_names) != plan.num_classes:
-        raise ValueError(f"{len(plan.class_names)} class names for num_classes={plan.num_classes}")
+        raise UserError(f"{len(plan.class_names)} class names for num_classes={plan.num_classes}")
 
 
 def _compare_plans(path, found, plan):
@@ -342,10 +342,10 @@ def _compare_plans(path, found, plan):
     for old, new in ((found, wanted), (found["made_by"], wanted["made_by"])):
         for key in new:
             if key != "made_by" and old.get(key) != new[key]:
-                raise ValueError(f"{path} was made with {key}={_short(old.get(key))}, now {key}={_short(new[key])}; "
-                                 f"use the same settings, or choose another folder")
+                raise UserError(f"{path} was made with {key}={_short(old.get(key))}, now {key}={_short(new[key])}; "
+                                f"use the same settings, or choose another folder")
     if found["made_by"].keys() != wanted["made_by"].keys():
-        raise ValueError(f"{path} was made by another program ({', '.join(found['made_by'])}); choose another folder")
+        raise UserError(f"{path} was made by another program ({', '.join(found['made_by'])}); choose another folder")
 
 
 def _short(value):

@@ -13,6 +13,7 @@ import torch
 
 from dataset.images import open_image_set
 from dataset.formats import open_latent_set
+from utils.cli import UserError
 
 
 def open_latents(path, xflip=False, num_classes=None):
@@ -37,8 +38,8 @@ def open_images(path, resolution, xflip=False, num_classes=None):
 def _expect_classes(dataset, num_classes):
     if num_classes:
         if dataset.num_classes not in (None, num_classes):
-            raise ValueError(f"{dataset.name} has {dataset.num_classes} classes, wanted {num_classes}; "
-                             f"set model.num_classes={dataset.num_classes}")
+            raise UserError(f"{dataset.name} has {dataset.num_classes} classes, wanted {num_classes}; "
+                            f"set model.num_classes={dataset.num_classes}")
         dataset.num_classes = num_classes
     return dataset
 
@@ -57,7 +58,7 @@ def stream_indices(num_samples, seed, start, count):
     Raises ValueError if there are no samples.
     """
     if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples}: an empty set has no stream")
+        raise UserError(f"num_samples={num_samples}: an empty set has no stream")
     parts, position = [], start
     while position < start + count:
         epoch, offset = divmod(position, num_samples)
@@ -82,10 +83,10 @@ class BatchStream:
 
     def __init__(self, dataset, batch_size, seed, rank=0, world_size=1, start=0, device="cpu", num_workers=0, prefetch=2):
         if batch_size < 1 or not 0 <= rank < world_size or start < 0 or prefetch < 0:
-            raise ValueError(f"batch_size={batch_size} must be at least 1, start={start} and prefetch={prefetch} at least 0, "
-                             f"rank={rank} within world_size={world_size}")
+            raise UserError(f"batch_size={batch_size} must be at least 1, start={start} and prefetch={prefetch} at least 0, "
+                            f"rank={rank} within world_size={world_size}")
         if not len(dataset):
-            raise ValueError(f"{dataset.name} holds no samples")
+            raise UserError(f"{dataset.name} holds no samples")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.first, self.stride = start + rank * batch_size, world_size * batch_size
         self.device = torch.device(device)
@@ -103,7 +104,7 @@ class BatchStream:
 
     def __next__(self):
         if self.pool is None:
-            raise ValueError("this BatchStream is closed")
+            raise UserError("this BatchStream is closed")
         while len(self.pending) <= self.depth:
             self.pending.append(self.pool.submit(self._load, self.next_batch))
             self.next_batch += 1

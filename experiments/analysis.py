@@ -3,12 +3,14 @@
 import json
 import statistics
 
+from utils.cli import UserError
+
 
 def read(folder, name):
     """A result file of a folder. Raises FileNotFoundError naming the command that makes it."""
     path = folder / f"{name}.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such results; python3 -m experiments.{'run' if name == 'real' else 'costs'} makes them")
+        raise UserError(f"{path}: no such results; python3 -m experiments.{'run' if name == 'real' else 'costs'} makes them")
     return json.loads(path.read_text())
 
 

@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 
 from experiments.analysis import fill, gains, load, read, tables
-from utils.cli import run
+from utils.cli import UserError, run
 
 COLOURS = {"dit": "tab:gray", "unmasked": "tab:blue", "masked": "tab:orange", "masked-50": "tab:orange", "tuned-const": "tab:green",
            "tuned-cos": "tab:olive", "masked-25": "tab:cyan", "masked-75": "tab:red", "no-mae": "tab:purple"}
@@ -171,7 +171,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     folder = args.out / args.setting
     if not list(folder.glob("*-seed*.json")):
-        raise FileNotFoundError(f"{folder}: no results; python3 -m experiments.run --setting {args.setting} makes them")
+        raise UserError(f"{folder}: no results; python3 -m experiments.run --setting {args.setting} makes them")
     for name in [args.only] if args.only else FIGURES:
         path = folder / "figures" / f"{name}.png"
         path.parent.mkdir(exist_ok=True)

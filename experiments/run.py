@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from experiments.settings import arm_config, flops_of_steps, flops_per_image, load_setting, plan
-from utils.cli import PROJECT_ROOT, run
+from utils.cli import PROJECT_ROOT, UserError, run
 from utils.cli import EXIT_STOPPED
 
 FASHION_MNIST = (PROJECT_ROOT / "assets" / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist"))  # the second: Debian's package
@@ -46,8 +46,8 @@ def find_training_images(folder):
     for place in [folder] if folder else FASHION_MNIST:
         if (place / TRAIN_FILE).is_file():
             return place / TRAIN_FILE
-    raise FileNotFoundError(f"{TRAIN_FILE} is not in {' or '.join(map(str, [folder] if folder else FASHION_MNIST))}; "
-                            f"`python3 download_assets.py --name fashion-mnist` fetches it")
+    raise UserError(f"{TRAIN_FILE} is not in {' or '.join(map(str, [folder] if folder else FASHION_MNIST))}; "
+                    f"`python3 download_assets.py --name fashion-mnist` fetches it")
 
 
 class Latents:
@@ -257,8 +257,8 @@ def check_same(path, setting):
     then, now = json.loads(path.read_text())["setting"], dataclasses.asdict(setting)
     differing = [key for key in now if key not in ("arms", "seeds", "costs", "grid_columns") and then.get(key) != now[key]]
     if differing:
-        raise ValueError(f"{path} is of a setting with another {differing[0]} ({then.get(differing[0])} instead of {now[differing[0]]}); "
-                         f"move it away, or give another --out and --work")
+        raise UserError(f"{path} is of a setting with another {differing[0]} ({then.get(differing[0])} instead of {now[differing[0]]}); "
+                        f"move it away, or give another --out and --work")
 
 
 # ---- all runs

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from utils.cli import UserError
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -41,27 +43,27 @@ def load_setting(name, overrides=()):
 
     path = HERE / f"{name}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"--setting {name}: wanted one of {', '.join(sorted(p.stem for p in HERE.glob('*.yaml')))}")
+        raise UserError(f"--setting {name}: wanted one of {', '.join(sorted(p.stem for p in HERE.glob('*.yaml')))}")
     try:
         values = OmegaConf.to_container(OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides))))
     except OmegaConfBaseException as error:
-        raise ValueError(f"--set {' '.join(overrides)}: {error}") from error
+        raise UserError(f"--set {' '.join(overrides)}: {error}") from error
     known = [option.name for option in dataclasses.fields(Setting)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{path.name}: unknown key {unknown[0]!r}; the keys are {', '.join(known[1:])}")
+        raise UserError(f"{path.name}: unknown key {unknown[0]!r}; the keys are {', '.join(known[1:])}")
     setting = Setting(name, **values)
     if setting.amp == "auto":
         setting = dataclasses.replace(setting, amp=_best_amp())
     for arm in setting.arms:
         start = setting.start(arm)
         if start is not None and (start[0] not in setting.arms or setting.start(start[0]) or not 0 < start[1] < 1):
-            raise ValueError(f"{path.name}: arms.{arm}.start={start}; wanted an arm that starts fresh, and a share of its steps in (0, 1)")
+            raise UserError(f"{path.name}: arms.{arm}.start={start}; wanted an arm that starts fresh, and a share of its steps in (0, 1)")
         if start is not None and (start[1] * setting.snapshots) % 1:
-            raise ValueError(f"{path.name}: arms.{arm}.start={start}: that is not one of the {setting.snapshots} snapshots")
+            raise UserError(f"{path.name}: arms.{arm}.start={start}: that is not one of the {setting.snapshots} snapshots")
         arm_config(setting, arm, setting.seeds[0])
     if setting.budget_arm not in setting.arms:
-        raise ValueError(f"{path.name}: budget_arm={setting.budget_arm!r}; wanted one of {', '.join(setting.arms)}")
+        raise UserError(f"{path.name}: budget_arm={setting.budget_arm!r}; wanted one of {', '.join(setting.arms)}")
     return setting
 
 
@@ -77,7 +79,7 @@ def arm_config(setting, arm, seed, **sections):
     from utils.config import from_dict
 
     if arm not in setting.arms:
-        raise ValueError(f"--arms {arm}: wanted some of {', '.join(setting.arms)}")
+        raise UserError(f"--arms {arm}: wanted some of {', '.join(setting.arms)}")
     changes = {key: value for key, value in setting.arms[arm].items() if key not in ("title", "start", "seeds")}
     amp = {"train": {"amp": setting.amp}, "sample": {"amp": setting.amp}}
     return from_dict(setting.config, changes, amp, {"train": {"seed": seed}}, sections)

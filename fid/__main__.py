@@ -13,6 +13,7 @@ import os
 import sys
 
 from utils import cli
+from utils.cli import UserError
 
 COMMANDS = ("calc", "ref")
 
@@ -50,9 +51,9 @@ def parse_args(argv):
         argv = ["calc", "--ref", argv[0], "--images", argv[1], *argv[2:]]
     args = build_parser().parse_args(argv)
     if args.batch < 1:
-        raise ValueError(f"--batch is {args.batch}, wanted at least 1")
+        raise UserError(f"--batch is {args.batch}, wanted at least 1")
     if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}, wanted 0 or more")
+        raise UserError(f"--seed is {args.seed}, wanted 0 or more")
     check_outputs(args)
     return args
 
@@ -61,21 +62,21 @@ def check_outputs(args):
     """Raise ValueError if a file that is to be written at the end cannot be one."""
     if args.command == "ref":
         if not args.dest.endswith(".npz"):
-            raise ValueError(f"--dest {args.dest} has to end with .npz, or it cannot be read as a reference")
+            raise UserError(f"--dest {args.dest} has to end with .npz, or it cannot be read as a reference")
         if os.path.isfile(args.dest) and os.path.exists(args.data) and os.path.samefile(args.dest, args.data):
-            raise ValueError(f"--dest {args.dest} is the data set itself, which would be lost; give another file")
+            raise UserError(f"--dest {args.dest} is the data set itself, which would be lost; give another file")
     outputs = {"--dest": args.dest} if args.command == "ref" else {"--json": args.json, "--neighbours": args.neighbours}
     for option, path in outputs.items():
         if not path:
             continue
         if os.path.isdir(path):
-            raise ValueError(f"{option} {path} is a folder; give the name of a file")
+            raise UserError(f"{option} {path} is a folder; give the name of a file")
         try:
             os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{option} {path}: its folder cannot be made ({error.strerror})") from None
+            raise UserError(f"{option} {path}: its folder cannot be made ({error.strerror})") from None
         if not os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK):
-            raise ValueError(f"{option} {path} cannot be written; give a place where you may write")
+            raise UserError(f"{option} {path} cannot be written; give a place where you may write")
 
 
 def calc(args):

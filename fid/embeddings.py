@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fid import inception
 from utils import distributed
+from utils.cli import UserError
 
 DEFAULT_CLASSIFIER = "assets/demo-classifier"
 NUM_FEATURES = 64
@@ -102,7 +103,7 @@ class Classifier:
     def __init__(self, folder, device):
         path = os.path.join(folder, "model.safetensors")
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} not found; train it with `python scripts/train_demo_classifier.py`")
+            raise UserError(f"{path} not found; train it with `python scripts/train_demo_classifier.py`")
         state = inception.read_tensors(path)
         self.device = torch.device(device)
         self.net = ClassifierNet(len(state.get("head.bias", ()))).to(device).eval()
@@ -123,8 +124,8 @@ class Classifier:
     def _grey(self, images):
         inception.check_images(images)
         if tuple(images.shape[1:3]) != (32, 32):
-            raise ValueError(f"classifier: images are {images.shape[1]}x{images.shape[2]}, wanted 32x32 as in the demo; "
-                             "for other images use --embedding inception")
+            raise UserError(f"classifier: images are {images.shape[1]}x{images.shape[2]}, wanted 32x32 as in the demo; "
+                            "for other images use --embedding inception")
         return torch.as_tensor(images).to(self.device).float().mean(3)[:, None] / 255  # (B, 1, 32, 32)
 
 
@@ -155,16 +156,16 @@ class Timm:
 def _timm_model(name, weights):
     import timm
     if not timm.is_model(name):
-        raise ValueError(f"embedding {name!r} is unknown; wanted inception, pixels, classifier or a timm model name, "
-                         "for example timm:resnet18.a1_in1k")
+        raise UserError(f"embedding {name!r} is unknown; wanted inception, pixels, classifier or a timm model name, "
+                        "for example timm:resnet18.a1_in1k")
     if weights is None:
         try:
             return timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-            raise ValueError(f"embedding {name}: its pretrained weights could not be fetched ({type(error).__name__}); "
-                             "give a local checkpoint of the model with --weights FILE") from error
+            raise UserError(f"embedding {name}: its pretrained weights could not be fetched ({type(error).__name__}); "
+                            "give a local checkpoint of the model with --weights FILE") from error
     if not os.path.isfile(weights):
-        raise FileNotFoundError(f"{weights}: no such file; --weights wants a checkpoint of the timm model {name}")
+        raise UserError(f"{weights}: no such file; --weights wants a checkpoint of the timm model {name}")
     model = timm.create_model(name, pretrained=False)
     state = inception.read_tensors(weights)
     _load_strictly(model, state, weights)
@@ -177,6 +178,6 @@ def _load_strictly(model, state, path):
     wrong = [key for key in own.keys() | state.keys()
              if key not in own or key not in state or own[key].shape != state[key].shape]
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} tensors do not fit the model, the first is {sorted(wrong)[0]}; "
-                         "give a plain state dict of exactly this model")
+        raise UserError(f"{path}: {len(wrong)} tensors do not fit the model, the first is {sorted(wrong)[0]}; "
+                        "give a plain state dict of exactly this model")
     model.load_state_dict(state)

@@ -14,6 +14,7 @@ from fid.inception import PUBLISHED_SHA256_PREFIX, check_images
 from fid.sources import batches, has_images, open_source
 from fid.statistics import RunningStatistics
 from utils import distributed
+from utils.cli import UserError
 from utils.logging import Progress
 
 METRICS = ("fid", "sfid", "is", "precision", "recall", "kid")
@@ -55,10 +56,10 @@ class FeatureStream:
 
     def _check_batch(self, size, batch_index):
         if self.image_size not in (None, size):
-            raise ValueError(f"images: mixed sizes, {self.image_size} before and {size} in batch {batch_index}; "
-                             "crop and resize all images to one size first")
+            raise UserError(f"images: mixed sizes, {self.image_size} before and {size} in batch {batch_index}; "
+                            "crop and resize all images to one size first")
         if batch_index in self.counts:
-            raise ValueError(f"batch_index {batch_index} was given twice; number the global batches 0, 1, 2, ...")
+            raise UserError(f"batch_index {batch_index} was given twice; number the global batches 0, 1, 2, ...")
         self.image_size = size
 
     def total_counts(self):
@@ -66,11 +67,11 @@ class FeatureStream:
         parts = distributed.all_gather_object((self.counts, self.image_size))
         given = sorted(index for counts, _ in parts for index in counts)
         if given != list(range(len(given))):
-            raise ValueError(f"batches {given[:20]} over all processes, wanted each of 0, 1, 2, ... once; "
-                             "give batch k to rank k mod the number of processes")
+            raise UserError(f"batches {given[:20]} over all processes, wanted each of 0, 1, 2, ... once; "
+                            "give batch k to rank k mod the number of processes")
         sizes = {size for _, size in parts} - {None}
         if len(sizes) > 1:
-            raise ValueError(f"images: mixed sizes {sorted(sizes)} over the processes; crop and resize all to one size first")
+            raise UserError(f"images: mixed sizes {sorted(sizes)} over the processes; crop and resize all to one size first")
         return {index: count for counts, _ in parts for index, count in counts.items()}
 
     def statistics(self, name):
@@ -110,8 +111,8 @@ class Reference:
         Every process has to call.
         """
         if self.embedding not in (None, embedding):
-            raise ValueError(f"{self.name}: this Reference already holds features of {self.embedding.name}; "
-                             "open another one for another embedding")
+            raise UserError(f"{self.name}: this Reference already holds features of {self.embedding.name}; "
+                            "open another one for another embedding")
         self.embedding = embedding
         if self.stored is not None:
             self.statistics = {"pool": self.stored.pool, "spatial": self.stored.spatial}
@@ -170,7 +171,7 @@ class Evaluator:
     def from_config(cls, config):
         """An Evaluator from the `eval` section of a config (utils.config.EvalConfig)."""
         if not config.ref_path:
-            raise ValueError("eval.ref_path is empty; give reference statistics (.npz) or reference images")
+            raise UserError("eval.ref_path is empty; give reference statistics (.npz) or reference images")
         return cls(config.ref_path, parse_metrics(config.metrics), config.embedding, config.weights, config.num_images)
 
     def reset(self):
@@ -195,7 +196,7 @@ class Evaluator:
         """
         count = sum(self.stream.total_counts().values())
         if self.num_images not in (None, count):
-            raise ValueError(f"num_images={self.num_images} were announced, {count} came; a batch was left out or doubled")
+            raise UserError(f"num_images={self.num_images} were announced, {count} came; a batch was left out or doubled")
         sfid = "sfid" in self.metrics
         self.reference.prepare(self.embedding, sfid, self.keeps_reference, self.batch_size, self.seed)
         gaussians = self.stream.statistics("images")
@@ -295,9 +296,9 @@ def choose_metrics(wanted, embedding_name, reference):
         return tuple(metric for metric in TABLE if metric not in obstacles), {m: obstacles[m] for m in TABLE if m in obstacles}
     for metric in wanted:
         if metric not in METRICS:
-            raise ValueError(f"metrics: {metric!r} is unknown, wanted some of {', '.join(METRICS)}")
+            raise UserError(f"metrics: {metric!r} is unknown, wanted some of {', '.join(METRICS)}")
         if metric in obstacles:
-            raise ValueError(f"metrics: {metric} {obstacles[metric]}")
+            raise UserError(f"metrics: {metric} {obstacles[metric]}")
     return tuple(wanted), {}
 
 
@@ -309,9 +310,9 @@ def check_counts(metrics, interval_wanted, num_images, reference):
         from_images = metric in NEEDS_IMAGES or metric in ("fid", "sfid") and reference.stored is None
         for what, count in (("samples", num_images), (f"reference images in {reference.name}", compared if from_images else None)):
             if count is not None and count < least:
-                raise ValueError(f"{metric}: {count} {what}, wanted at least {least} (and thousands for a number that can be believed)")
+                raise UserError(f"{metric}: {count} {what}, wanted at least {least} (and thousands for a number that can be believed)")
     if interval_wanted and num_images is not None and num_images < 2 * interval.GROUPS:
-        raise ValueError(f"interval: {num_images} samples, wanted at least {2 * interval.GROUPS}")
+        raise UserError(f"interval: {num_images} samples, wanted at least {2 * interval.GROUPS}")
 
 
 def check_stored(reference, embedding):
@@ -321,15 +322,15 @@ def check_stored(reference, embedding):
     settings = reference.stored.settings
     made_with = settings.get("embedding", "inception")  # ADM's and EDM's files do not say
     if made_with != embedding.name:
-        raise ValueError(f"{reference.name}: its statistics are of the {made_with} embedding, the samples' are of "
-                         f"{embedding.name}; make a reference with `python -m fid ref --embedding {embedding.name}`")
+        raise UserError(f"{reference.name}: its statistics are of the {made_with} embedding, the samples' are of "
+                        f"{embedding.name}; make a reference with `python -m fid ref --embedding {embedding.name}`")
     for gaussian, dim in ((reference.stored.pool, embedding.dim), (reference.stored.spatial, getattr(embedding, "spatial_dim", 0))):
         if gaussian is not None and len(gaussian.mu) != dim:
-            raise ValueError(f"{reference.name}: statistics of {len(gaussian.mu)} features, {embedding.name} has {dim}")
+            raise UserError(f"{reference.name}: statistics of {len(gaussian.mu)} features, {embedding.name} has {dim}")
     theirs, ours = settings.get("weights_sha256"), embedding.settings.get("weights_sha256")
     if theirs is not None and theirs != ours:
-        raise ValueError(f"{reference.name}: made with weights sha256 {theirs[:8]}..., the samples are seen with {ours[:8]}...; "
-                         "use one weights file for both")
+        raise UserError(f"{reference.name}: made with weights sha256 {theirs[:8]}..., the samples are seen with {ours[:8]}...; "
+                        "use one weights file for both")
 
 
 def count_warnings(embedding, count, reference):

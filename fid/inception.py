@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from fid import winograd
 from utils import distributed
+from utils.cli import UserError
 
 DEFAULT_WEIGHTS = "assets/pt_inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256_PREFIX = "6726825d"
@@ -115,15 +116,15 @@ def check_images(images, what="images"):
     shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
     got = f"{what}: got {dtype} {shape}, wanted uint8 (B, H, W, 3)"
     if len(shape) != 4:
-        raise ValueError(f"{got}; give one array with a batch axis and three colour channels")
+        raise UserError(f"{got}; give one array with a batch axis and three colour channels")
     if shape[3] != 3 and shape[1] == 3:
-        raise ValueError(f"{got}; the layout is NCHW, use images.transpose(0, 2, 3, 1) (torch: permute)")
+        raise UserError(f"{got}; the layout is NCHW, use images.transpose(0, 2, 3, 1) (torch: permute)")
     if shape[3] != 3:
-        raise ValueError(f"{got}; repeat a grey channel three times, drop an alpha channel")
+        raise UserError(f"{got}; repeat a grey channel three times, drop an alpha channel")
     if dtype != "uint8":
-        raise ValueError(f"{got}; for values in [-1, 1] use floor((x + 1) * 127.5) clipped to 0..255 (utils.images.to_uint8)")
+        raise UserError(f"{got}; for values in [-1, 1] use floor((x + 1) * 127.5) clipped to 0..255 (utils.images.to_uint8)")
     if 0 in shape:
-        raise ValueError(f"{got}; the images are empty")
+        raise UserError(f"{got}; the images are empty")
 
 
 def load_weights(weights):
@@ -142,8 +143,8 @@ def load_weights(weights):
 
 def _read_file(path):
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"Inception weights {path} not found; get them with "
-                                f"`python3 download_assets.py --name inception`, or give their place with --weights")
+        raise UserError(f"Inception weights {path} not found; get them with "
+                        f"`python3 download_assets.py --name inception`, or give their place with --weights")
     return read_tensors(path), hash_file(path)
 
 
@@ -165,10 +166,10 @@ def read_tensors(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # in bytes that are no torch file the reader can stumble over anything
         reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path}: not a file of plain tensors ({type(error).__name__}: {reason[:120]}); "
-                         "was the download cut short, or is it a pickled network?") from None
+        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__}: {reason[:120]}); "
+                        "was the download cut short, or is it a pickled network?") from None
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path}: not a plain state dict (name -> tensor); save the network's state_dict() alone")
+        raise UserError(f"{path}: not a plain state dict (name -> tensor); save the network's state_dict() alone")
     return state
 
 
@@ -189,11 +190,11 @@ def _check_state(state, source):
             wanted[f"{name}.bn.{part}"] = (out_channels,)
     for name, shape in wanted.items():
         if name not in state:
-            raise ValueError(f"{source}: tensor {name} is missing ({len(state)} tensors found, {len(wanted)} wanted); "
-                             "give the FID Inception file pt_inception-2015-12-05-6726825d.pth")
+            raise UserError(f"{source}: tensor {name} is missing ({len(state)} tensors found, {len(wanted)} wanted); "
+                            "give the FID Inception file pt_inception-2015-12-05-6726825d.pth")
         if tuple(state[name].shape) != shape:
-            raise ValueError(f"{source}: {name} is {tuple(state[name].shape)}, wanted {shape}; "
-                             "torchvision's own Inception has 1000 classes and is another network")
+            raise UserError(f"{source}: {name} is {tuple(state[name].shape)}, wanted {shape}; "
+                            "torchvision's own Inception has 1000 classes and is another network")
 
 
 def _fold(state, name):

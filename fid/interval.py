@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from fid import metrics
+from utils.cli import UserError
 
 GROUPS = 20
 STUDENT_T_95 = {5: 2.776, 10: 2.262, 20: 2.093, 40: 2.023}  # two-sided 95 % quantiles, by number of groups
@@ -17,7 +18,7 @@ def jackknife_interval(reference, pool, groups=GROUPS, seed=0):
     Returns (low, high, standard error). Source: delete-a-group jackknife, Kott 2001.
     """
     if len(pool) < 2 * groups:
-        raise ValueError(f"interval: {len(pool)} samples, wanted at least {2 * groups}")
+        raise UserError(f"interval: {len(pool)} samples, wanted at least {2 * groups}")
     mu, root = reference[0], metrics.covariance_root(reference[1])
     order = np.random.default_rng(seed).permutation(len(pool))
     group_of = torch.as_tensor(np.argsort(order) % groups, device=pool.device)
@@ -37,7 +38,7 @@ def extrapolated_distance(reference, pool, points=15, seed=0):
     """
     smallest = 5000 if len(pool) >= 10000 else len(pool) // 2
     if smallest < 2:
-        raise ValueError(f"interval: {len(pool)} samples, wanted at least 4")
+        raise UserError(f"interval: {len(pool)} samples, wanted at least 4")
     mu, root = reference[0], metrics.covariance_root(reference[1])
     rng = np.random.default_rng(seed)
     sizes = np.linspace(smallest, len(pool), points).astype(int)

@@ -6,6 +6,8 @@ Everything is computed in float64; features come in as float32.
 import numpy as np
 import torch
 
+from utils.cli import UserError
+
 IS_SPLIT = 5000
 ROWS = 1024      # rows per block of a distance matrix
 COLUMNS = 8192   # columns per block: 64 MiB of float64 distances at a time
@@ -49,9 +51,9 @@ def _check_gaussians(mu1, sigma1, mu2, sigma2):
     d = len(mu1)
     for name, array, shape in (("mu1", mu1, (d,)), ("mu2", mu2, (d,)), ("sigma1", sigma1, (d, d)), ("sigma2", sigma2, (d, d))):
         if array.shape != shape:
-            raise ValueError(f"frechet_distance: {name} is {array.shape}, wanted {shape}; both sides need the same features")
+            raise UserError(f"frechet_distance: {name} is {array.shape}, wanted {shape}; both sides need the same features")
         if not np.isfinite(array).all():
-            raise ValueError(f"frechet_distance: {name} holds NaN or infinity; a covariance needs at least 2 images")
+            raise UserError(f"frechet_distance: {name} holds NaN or infinity; a covariance needs at least 2 images")
 
 
 def inception_score(pool, weights, split_size=IS_SPLIT):
@@ -96,7 +98,7 @@ def precision_recall(reference_pool, sample_pool, k=3):
     reference, samples = torch.as_tensor(reference_pool), torch.as_tensor(sample_pool)
     for name, features in (("reference", reference), ("samples", samples)):
         if features.ndim != 2 or len(features) <= k:
-            raise ValueError(f"precision_recall: {name} features are {tuple(features.shape)}, wanted (N, d) with N > k = {k}")
+            raise UserError(f"precision_recall: {name} features are {tuple(features.shape)}, wanted (N, d) with N > k = {k}")
     reference_radii, sample_radii = neighbour_radii(reference, k), neighbour_radii(samples, k)
     in_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
     in_samples = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
@@ -166,7 +168,7 @@ def kid(reference_pool, sample_pool, num_subsets=KID_SUBSETS, subset_size=KID_SU
     reference, samples = torch.as_tensor(reference_pool), torch.as_tensor(sample_pool)
     size = min(subset_size, len(reference), len(samples))
     if size < 2:
-        raise ValueError(f"kid: {len(reference)} reference and {len(samples)} sample features, wanted at least 2 of each")
+        raise UserError(f"kid: {len(reference)} reference and {len(samples)} sample features, wanted at least 2 of each")
     rng = np.random.default_rng(seed)
     values = [kernel_distance(reference[rng.choice(len(reference), size, replace=False)],
                               samples[rng.choice(len(samples), size, replace=False)]) for _ in range(num_subsets)]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from fid import metrics
+from utils.cli import UserError
 
 
 def closest_pairs(sample_pool, reference_pool, num_samples=8, num_neighbours=5):
@@ -36,9 +37,9 @@ def save_neighbours(path, samples, sample_pool, reference, num_samples=8, num_ne
 def check_same_size(samples, reference):
     """Raise ValueError if a picture of both cannot be made."""
     if reference.images is None:
-        raise ValueError(f"--neighbours needs reference images and {reference.name} holds statistics only (no arr_0); "
-                         "give an ADM batch or an image set")
+        raise UserError(f"--neighbours needs reference images and {reference.name} holds statistics only (no arr_0); "
+                        "give an ADM batch or an image set")
     first, second = (source.read(np.array([0])).shape[1:3] for source in (samples, reference.images))
     if first != second:
-        raise ValueError(f"--neighbours shows both side by side, but samples are {first} and reference images {second}; "
-                         "give reference images of the samples' size")
+        raise UserError(f"--neighbours shows both side by side, but samples are {first} and reference images {second}; "
+                        "give reference images of the samples' size")

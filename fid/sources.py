@@ -13,6 +13,7 @@ import numpy as np
 from fid.inception import check_images
 from fid.statistics import DAMAGE, open_npz, read_array
 from utils import distributed
+from utils.cli import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm")
 DECODERS = min(8, os.cpu_count() or 1)
@@ -31,14 +32,14 @@ def open_source(images, num=None, seed=0):
     elif os.path.isdir(images):
         source = FileSource(_folder_files(images), str(images))
     elif not os.path.exists(images):
-        raise FileNotFoundError(f"{images}: no such file or folder; give a folder, a .zip or an .npz of images")
+        raise UserError(f"{images}: no such file or folder; give a folder, a .zip or an .npz of images")
     elif str(images).endswith(".zip"):
         names, open_file = _zip_files(images)
         source = FileSource(names, str(images), open_file)
     elif str(images).endswith(".npz"):
         source = ArraySource(_npz_images(images), str(images))
     else:
-        raise ValueError(f"{images}: not an image set; give a folder, a .zip or an .npz of images")
+        raise UserError(f"{images}: not an image set; give a folder, a .zip or an .npz of images")
     return source if num is None else _subset(source, num, seed)
 
 
@@ -63,7 +64,7 @@ class FileSource:
 
     def __init__(self, files, name, open_file=lambda file: open(file, "rb")):
         if not files:
-            raise ValueError(f"{name}: no images found (looked for {' '.join(SUFFIXES)})")
+            raise UserError(f"{name}: no images found (looked for {' '.join(SUFFIXES)})")
         self.files, self.name, self.open_file = files, name, open_file
         self.chosen = np.arange(len(files))
         self.decoders = ThreadPoolExecutor(DECODERS)
@@ -83,7 +84,7 @@ class FileSource:
     def _decode(self, file):
         def pixels(image):
             if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{file}: mode {image.mode} (16 bits or more per channel), wanted 8-bit images")
+                raise UserError(f"{file}: mode {image.mode} (16 bits or more per channel), wanted 8-bit images")
             return np.asarray(image.convert("RGB"))
         array = self._with_image(file, pixels)
         self._check_size(file, array.shape[1::-1])
@@ -95,12 +96,12 @@ class FileSource:
             with self.open_file(file) as stream, Image.open(stream) as image:
                 return function(image)
         except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{self.name}: {file} cannot be read as an image ({error})") from None
+            raise UserError(f"{self.name}: {file} cannot be read as an image ({error})") from None
 
     def _check_size(self, file, size):
         if size != self.size:
-            raise ValueError(f"{self.name}: mixed sizes, {self.files[0]} is {self.size[0]}x{self.size[1]} and {file} is "
-                             f"{size[0]}x{size[1]}; give a folder of the samples alone, or crop and resize all to one size first")
+            raise UserError(f"{self.name}: mixed sizes, {self.files[0]} is {self.size[0]}x{self.size[1]} and {file} is "
+                            f"{size[0]}x{size[1]}; give a folder of the samples alone, or crop and resize all to one size first")
 
 
 def _folder_files(folder):
@@ -112,7 +113,7 @@ def _zip_files(path):
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path}: not a readable zip ({error})") from None
+        raise UserError(f"{path}: not a readable zip ({error})") from None
     names = sorted(name for name in archive.namelist() if _is_image(name.rsplit("/", 1)[-1]))
     lock = threading.Lock()
 
@@ -138,7 +139,7 @@ def _npz_images(path):
     with open_npz(path) as file:
         if "arr_0" not in file:
             statistics_only = "; it holds statistics only, which can be the reference but not the images" if "mu" in file else ""
-            raise ValueError(f"{path}: no arr_0 among its arrays ({', '.join(file.files)}){statistics_only}")
+            raise UserError(f"{path}: no arr_0 among its arrays ({', '.join(file.files)}){statistics_only}")
     info, start, (shape, fortran_order, dtype) = _array_header(path)
     check_images(SimpleNamespace(shape=shape, dtype=dtype), f"{path} arr_0")
     if info.compress_type != zipfile.ZIP_STORED or fortran_order:
@@ -156,7 +157,7 @@ def _array_header(path):
             header = read_header(entry)
             return archive.getinfo("arr_0.npy"), entry.tell(), header
     except DAMAGE as error:
-        raise ValueError(f"{path}: arr_0 is damaged ({error}); get or make the file anew") from None
+        raise UserError(f"{path}: arr_0 is damaged ({error}); get or make the file anew") from None
 
 
 def _data_offset(path, info):
@@ -169,7 +170,7 @@ def _data_offset(path, info):
 
 def _subset(source, num, seed):
     if not 1 <= num <= len(source):
-        raise ValueError(f"{source.name}: {num} images asked for, it has {len(source)}; give --num between 1 and {len(source)}")
+        raise UserError(f"{source.name}: {num} images asked for, it has {len(source)}; give --num between 1 and {len(source)}")
     source.chosen = np.sort(np.random.default_rng(seed).choice(len(source), num, replace=False))
     return source
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from utils import distributed
+from utils.cli import UserError
 
 
 class RunningStatistics:
@@ -31,7 +32,7 @@ class RunningStatistics:
         total = distributed.all_reduce_sum(self.total.clone())
         outer = distributed.all_reduce_sum(self.outer.clone())
         if count < 2:
-            raise ValueError(f"{name}: {count:.0f} images, a covariance needs at least 2 (and an FID thousands)")
+            raise UserError(f"{name}: {count:.0f} images, a covariance needs at least 2 (and an FID thousands)")
         mu = total / count
         sigma = (outer - count * torch.outer(mu, mu)) / (count - 1)
         return Gaussian(mu.cpu().numpy(), sigma.cpu().numpy(), int(count))
@@ -64,11 +65,11 @@ def open_npz(path):
     try:
         file = np.load(path, allow_pickle=False)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except DAMAGE as error:
-        raise ValueError(f"{path}: not a readable .npz ({error}); was the download cut short?") from None
+        raise UserError(f"{path}: not a readable .npz ({error}); was the download cut short?") from None
     if not isinstance(file, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path}: a single array, wanted an .npz; save it with np.savez(path, arr_0=images)")
+        raise UserError(f"{path}: a single array, wanted an .npz; save it with np.savez(path, arr_0=images)")
     return file
 
 
@@ -77,7 +78,7 @@ def read_array(path, file, key):
     try:
         return file[key]
     except DAMAGE as error:
-        raise ValueError(f"{path}: {key} is damaged or not a plain number array ({error}); get or make the file anew") from None
+        raise UserError(f"{path}: {key} is damaged or not a plain number array ({error}); get or make the file anew") from None
 
 
 def load_statistics(path):
@@ -96,12 +97,12 @@ def load_statistics(path):
 def _gaussian(path, file, mu_key, sigma_key, num_images):
     mu, sigma = (read_array(path, file, key) for key in (mu_key, sigma_key))
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-        raise ValueError(f"{path}: {mu_key} is {mu.dtype} and {sigma_key} {sigma.dtype}, wanted float32 or float64")
+        raise UserError(f"{path}: {mu_key} is {mu.dtype} and {sigma_key} {sigma.dtype}, wanted float32 or float64")
     mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{path}: {mu_key} {mu.shape} and {sigma_key} {sigma.shape}, wanted (d,) and (d, d)")
+        raise UserError(f"{path}: {mu_key} {mu.shape} and {sigma_key} {sigma.shape}, wanted (d,) and (d, d)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{path}: {mu_key} or {sigma_key} holds NaN or infinity; make the file anew with `python -m fid ref`")
+        raise UserError(f"{path}: {mu_key} or {sigma_key} holds NaN or infinity; make the file anew with `python -m fid ref`")
     return Gaussian(mu, sigma, num_images)
 
 

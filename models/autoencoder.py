@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from utils.cli import UserError
+
 SCALE = 0.18215  # latents = SCALE * z, the factor of latent diffusion (Rombach et al. 2022)
 
 # Latent-diffusion names -> diffusers names, tried from the top; attention and the decoder's levels follow below.
@@ -37,7 +39,7 @@ def sample_moments(moments, generator=None, scale=SCALE, shift=0.0):
     Source: Rombach et al. 2022 (latent diffusion).
     """
     if moments.shape[1] % 2:
-        raise ValueError(f"moments have {moments.shape[1]} channels, wanted an even number: means, then log-variances")
+        raise UserError(f"moments have {moments.shape[1]} channels, wanted an even number: means, then log-variances")
     mean, logvar = moments.float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     return scale * (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise - shift)
@@ -67,10 +69,10 @@ class Autoencoder(nn.Module):
         """
         channels = self.vae.config.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images have shape {tuple(images.shape)}, wanted (B, {channels}, H, W)")
+            raise UserError(f"images have shape {tuple(images.shape)}, wanted (B, {channels}, H, W)")
         if images.shape[2] % self.downsample or images.shape[3] % self.downsample:
-            raise ValueError(f"images are {images.shape[2]}x{images.shape[3]}; this autoencoder needs sides that are "
-                             f"multiples of {self.downsample}: crop or resize them")
+            raise UserError(f"images are {images.shape[2]}x{images.shape[3]}; this autoencoder needs sides that are "
+                            f"multiples of {self.downsample}: crop or resize them")
         return self.vae.encode(images.to(self.vae.dtype)).latent_dist.parameters.float()
 
     @torch.no_grad()
@@ -81,7 +83,7 @@ class Autoencoder(nn.Module):
         raises torch.cuda.OutOfMemoryError if one image alone does not fit.
         """
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted (B, {self.latent_channels}, h, w)")
+            raise UserError(f"latents have shape {tuple(latents.shape)}, wanted (B, {self.latent_channels}, h, w)")
         images = []
         done = 0
         while done < len(latents):
@@ -115,8 +117,8 @@ def load_autoencoder(path_or_id, device=None, dtype=torch.float32):
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)) and not path.parent.is_dir():
         vae = _load_hub(str(path_or_id))
     else:
-        raise FileNotFoundError(f"no autoencoder at {path_or_id}: wanted a diffusers folder or an autoencoder_kl.pth file; "
-                                f"`python3 download_assets.py --name vae` fetches the published one")
+        raise UserError(f"no autoencoder at {path_or_id}: wanted a diffusers folder or an autoencoder_kl.pth file; "
+                        f"`python3 download_assets.py --name vae` fetches the published one")
     return Autoencoder(vae).to(device=device, dtype=dtype)
 
 
@@ -124,15 +126,15 @@ def _load_folder(folder):
     """A diffusers AutoencoderKL from folder/ or folder/vae/."""
     homes = [home for home in (folder, folder / "vae") if (home / "config.json").is_file()]
     if not homes:
-        raise FileNotFoundError(f"{folder} holds no autoencoder: neither config.json nor vae/config.json is there; "
-                                f"`python3 download_assets.py --name vae` fetches the published one")
+        raise UserError(f"{folder} holds no autoencoder: neither config.json nor vae/config.json is there; "
+                        f"`python3 download_assets.py --name vae` fetches the published one")
     kind = json.loads((homes[0] / "config.json").read_text()).get("_class_name")
     if kind != "AutoencoderKL":
-        raise ValueError(f"{homes[0]}/config.json describes {kind}, wanted AutoencoderKL")
+        raise UserError(f"{homes[0]}/config.json describes {kind}, wanted AutoencoderKL")
     try:
         return _from_pretrained(homes[0])
     except OSError as error:
-        raise ValueError(f"{homes[0]} cannot be loaded: {error}") from error
+        raise UserError(f"{homes[0]} cannot be loaded: {error}") from error
 
 
 def _load_hub(hub_id):
@@ -147,9 +149,9 @@ def _load_hub(hub_id):
             failures.append(error.__context__ or error)
         if isinstance(failures[-1], LocalEntryNotFoundError):  # the hub is out of reach: asking again only takes time
             break
-    raise FileNotFoundError(f"no autoencoder at {hub_id}: no such file or folder here, and fetching it from Hugging Face failed "
-                            f"({str(failures[0]).strip().splitlines()[0]}); `python3 download_assets.py --name vae` fetches "
-                            f"the published one") from failures[0]
+    raise UserError(f"no autoencoder at {hub_id}: no such file or folder here, and fetching it from Hugging Face failed "
+                    f"({str(failures[0]).strip().splitlines()[0]}); `python3 download_assets.py --name vae` fetches "
+                    f"the published one") from failures[0]
 
 
 def _from_pretrained(source, **kwargs):
@@ -175,7 +177,7 @@ def _load_latent_diffusion(path):
         if "attentions" in key and value.ndim == 4:
             value = value[:, :, 0, 0]  # 1x1 convolution -> linear layer
         if value.shape != wanted[key].shape:
-            raise ValueError(f"{path}: {key} has shape {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}")
+            raise UserError(f"{path}: {key} has shape {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}")
         renamed[key] = value
     vae.load_state_dict(renamed)
     return vae
@@ -186,12 +188,12 @@ def _read_state(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here: pickle, zip, end of file, runtime
-        raise ValueError(f"{path} is not a file of plain weights, or is damaged; nothing in it was run "
-                         f"({str(error).splitlines()[0]})") from error
+        raise UserError(f"{path} is not a file of plain weights, or is damaged; nothing in it was run "
+                        f"({str(error).splitlines()[0]})") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict: wanted tensors by name")
+        raise UserError(f"{path} holds no state dict: wanted tensors by name")
     whole_model = "first_stage_model."
     if any(key.startswith(whole_model) for key in state):
         state = {key.removeprefix(whole_model): value for key, value in state.items() if key.startswith(whole_model)}
@@ -204,9 +206,9 @@ def _architecture(path, state):
     blocks = _count_up(state, "encoder.down.0.block.{}.conv1.weight")
     ends = [state.get(key) for key in ("encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")]
     if not firsts or any(end is None or end.ndim != 4 for end in ends):
-        raise ValueError(f"{path} is no autoencoder in latent-diffusion naming: wanted encoder.conv_in.weight, "
-                         f"encoder.down.0.block.0.conv1.weight, ..., post_quant_conv.weight; it has "
-                         f"{_some(state) or 'nothing'}")
+        raise UserError(f"{path} is no autoencoder in latent-diffusion naming: wanted encoder.conv_in.weight, "
+                        f"encoder.down.0.block.0.conv1.weight, ..., post_quant_conv.weight; it has "
+                        f"{_some(state) or 'nothing'}")
     return dict(
         in_channels=ends[0].shape[1], out_channels=ends[1].shape[0], latent_channels=ends[2].shape[1],
         block_out_channels=tuple(weight.shape[0] for weight in firsts), layers_per_block=len(blocks),
@@ -235,8 +237,8 @@ def _rename(key, levels):
 
 def _check_keys(source, missing, unknown):
     if missing or unknown:
-        raise ValueError(f"{source} does not fit its architecture: missing {_some(missing) or 'nothing'}; "
-                         f"unknown {_some(unknown) or 'nothing'}")
+        raise UserError(f"{source} does not fit its architecture: missing {_some(missing) or 'nothing'}; "
+                        f"unknown {_some(unknown) or 'nothing'}")
 
 
 def _some(keys):

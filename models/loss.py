@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from utils.cli import UserError
 from .layers import patchify
 from .masking import TokenMask, count_kept, random_mask
 
@@ -50,7 +51,7 @@ class EDMLoss:
         batch_size, _, height, width = latents.shape
         patch_size = self.patch_size if patch_size is None else patch_size
         if patch_size is None:
-            raise ValueError("patch_size is unknown; pass it here or to EDMLoss")
+            raise UserError("patch_size is unknown; pass it here or to EDMLoss")
         num_tokens = (height // patch_size) * (width // patch_size)
         if num_keep is None:
             num_keep = count_kept(num_tokens, mask_ratio, self.token_multiple)
@@ -86,7 +87,7 @@ class EDMLoss:
 def normalize_patches(patches):
     """Every patch (..., N) to mean 0 and unit (unbiased) variance; 1e-6 keeps flat ones finite."""
     if patches.shape[-1] < 2:
-        raise ValueError("a patch of one value cannot be normalised; use a larger patch or no masking")
+        raise UserError("a patch of one value cannot be normalised; use a larger patch or no masking")
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
 

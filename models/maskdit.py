@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.cli import UserError
 from .layers import (DiTBlock, LabelEmbedder, ModulatedLinear, PatchEmbed, TimestepEmbedder,
                      patchify, sincos_positions, unpatchify)
 from .masking import gather_tokens, unmask
@@ -35,16 +36,16 @@ def parse_model_type(model_type):
     name, _, patch = str(model_type).partition("/")
     family, _, size = name.partition("-")
     if family != "DiT" or size not in SIZES or patch not in map(str, PATCH_SIZES):
-        raise ValueError(f"model_type={model_type!r} is unknown; want DiT-SIZE/PATCH with SIZE one of "
-                         f"{', '.join(SIZES)} and PATCH one of {', '.join(map(str, PATCH_SIZES))}")
+        raise UserError(f"model_type={model_type!r} is unknown; want DiT-SIZE/PATCH with SIZE one of "
+                        f"{', '.join(SIZES)} and PATCH one of {', '.join(map(str, PATCH_SIZES))}")
     return SIZES[size], int(patch)
 
 
 def _check_width(prefix, width, num_heads):
     if width % num_heads:
-        raise ValueError(f"{prefix}width={width} must be divisible by {prefix}num_heads={num_heads}")
+        raise UserError(f"{prefix}width={width} must be divisible by {prefix}num_heads={num_heads}")
     if width % 4:
-        raise ValueError(f"{prefix}width={width} must be divisible by 4 (sines and cosines of two axes)")
+        raise UserError(f"{prefix}width={width} must be divisible by 4 (sines and cosines of two axes)")
 
 
 class MaskDiT(nn.Module):
@@ -64,7 +65,7 @@ class MaskDiT(nn.Module):
                  activation_checkpointing=False, embed_kept=True, shuffled_decoder=True, product_attention=True):
         super().__init__()
         if in_size % patch_size:
-            raise ValueError(f"in_size={in_size} must be divisible by patch_size={patch_size}")
+            raise UserError(f"in_size={in_size} must be divisible by patch_size={patch_size}")
         _check_width("", width, num_heads)
         self.in_size, self.patch_size, self.in_channels = in_size, patch_size, in_channels
         self.num_classes = num_classes
@@ -116,7 +117,7 @@ class MaskDiT(nn.Module):
         the p*p*C input and output values of the patches are ever moved.
         """
         if mask is not None and not self.use_decoder:
-            raise ValueError("a mask needs the decoder: make the model with use_decoder=True, or train it unmasked")
+            raise UserError("a mask needs the decoder: make the model with use_decoder=True, or train it unmasked")
         c = self.embed_conditioning(c_noise, class_labels) if modulations is None else None  # (B or 1, D)
         tokens = self._embed(patchify(x, self.patch_size), mask)        # (B, L_keep, D)
         tokens = self._run(self.blocks, tokens, c, modulations)         # (B, L_keep, D)

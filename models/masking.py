@@ -5,6 +5,8 @@ from functools import cached_property
 
 import torch
 
+from utils.cli import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class TokenMask:
@@ -19,9 +21,9 @@ class TokenMask:
 
     def __post_init__(self):
         if self.ids_shuffle.ndim != 2:
-            raise ValueError(f"ids_shuffle has shape {tuple(self.ids_shuffle.shape)}; want (batch, tokens)")
+            raise UserError(f"ids_shuffle has shape {tuple(self.ids_shuffle.shape)}; want (batch, tokens)")
         if not 1 <= self.num_keep <= self.num_tokens:
-            raise ValueError(f"num_keep={self.num_keep} must be from 1 to the number of tokens, {self.num_tokens}")
+            raise UserError(f"num_keep={self.num_keep} must be from 1 to the number of tokens, {self.num_tokens}")
 
     @property
     def num_tokens(self):
@@ -52,9 +54,9 @@ def count_kept(num_tokens, mask_ratio, multiple=1):
     Raises ValueError for a ratio out of range, or a multiple that does not divide.
     """
     if not 0 <= mask_ratio < 1:
-        raise ValueError(f"mask_ratio={mask_ratio} must be at least 0 and below 1")
+        raise UserError(f"mask_ratio={mask_ratio} must be at least 0 and below 1")
     if num_tokens % multiple:
-        raise ValueError(f"token_multiple={multiple} must divide the number of tokens, {num_tokens}")
+        raise UserError(f"token_multiple={multiple} must divide the number of tokens, {num_tokens}")
     kept = int(num_tokens * (1 - mask_ratio))
     return max(1, (kept + multiple // 2) // multiple) * multiple
 

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from utils.cli import UserError
 from .maskdit import MaskDiT, parse_model_type
 
 
@@ -55,24 +56,24 @@ class EDMPrecond(nn.Module):
     def _check(self, x, class_labels, mask):
         wanted = (self.in_channels, self.in_size, self.in_size)
         if x.ndim != 4 or x.shape[1:] != wanted:
-            raise ValueError(f"x has shape {tuple(x.shape)}; this model takes (batch, {', '.join(map(str, wanted))})")
+            raise UserError(f"x has shape {tuple(x.shape)}; this model takes (batch, {', '.join(map(str, wanted))})")
         if mask is not None and mask.ids_shuffle.shape != (len(x), self.num_tokens):
-            raise ValueError(f"mask is for (batch, tokens) = {tuple(mask.ids_shuffle.shape)}; "
-                             f"x has {(len(x), self.num_tokens)}")
+            raise UserError(f"mask is for (batch, tokens) = {tuple(mask.ids_shuffle.shape)}; "
+                            f"x has {(len(x), self.num_tokens)}")
         if class_labels is not None:
             self._check_labels(class_labels, len(x))
 
     def _check_labels(self, class_labels, batch_size):
         if not self.num_classes:
-            raise ValueError("class_labels given to an unconditional model (num_classes=0); pass None")
+            raise UserError("class_labels given to an unconditional model (num_classes=0); pass None")
         if class_labels.shape != (batch_size,) or class_labels.is_floating_point():
-            raise ValueError(f"class_labels is {class_labels.dtype} of shape {tuple(class_labels.shape)}; "
-                             f"want class indices (int64) of shape ({batch_size},), not one-hot rows")
+            raise UserError(f"class_labels is {class_labels.dtype} of shape {tuple(class_labels.shape)}; "
+                            f"want class indices (int64) of shape ({batch_size},), not one-hot rows")
         if class_labels.device.type == "cpu" and not torch.compiler.is_compiling():
             low, high = class_labels.aminmax()
             if low < 0 or high > self.num_classes:
-                raise ValueError(f"class_labels from {low} to {high} are out of range; want 0 to "
-                                 f"{self.num_classes - 1}, or {self.num_classes} for unconditional")
+                raise UserError(f"class_labels from {low} to {high} are out of range; want 0 to "
+                                f"{self.num_classes - 1}, or {self.num_classes} for unconditional")
 
 
 def _noise_label(sigma):
@@ -85,7 +86,7 @@ def _as_batch(sigma, x):
         return torch.full((1,), float(sigma), dtype=torch.float32, device=x.device)
     sigma = sigma.to(device=x.device, dtype=torch.float32).reshape(-1)
     if len(sigma) not in (1, len(x)):
-        raise ValueError(f"sigma has {len(sigma)} values for a batch of {len(x)}; want one, or one per sample")
+        raise UserError(f"sigma has {len(sigma)} values for a batch of {len(x)}; want one, or one per sample")
     return sigma
 
 

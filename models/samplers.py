@@ -11,6 +11,8 @@ from typing import Callable, NamedTuple
 
 import torch
 
+from utils.cli import UserError
+
 SOLVERS = ("euler", "heun")
 
 
@@ -56,7 +58,7 @@ def ablation_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min
     sigma_max = default_max if sigma_max is None else sigma_max
     _check_range(sigma_min, sigma_max)
     if not 0 < alpha <= 1:
-        raise ValueError(f"alpha={alpha} must be above 0 and at most 1")
+        raise UserError(f"alpha={alpha} must be above 0 and at most 1")
     sigmas = {
         "vp": lambda: vp_sigmas(num_steps, sigma_min, sigma_max, epsilon_s),
         "ve": lambda: ve_sigmas(num_steps, sigma_min, sigma_max),
@@ -97,7 +99,7 @@ def iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M):
         if sigma_min <= u <= sigma_max:
             levels.append(u)
     if not levels:
-        raise ValueError(f"no iddpm noise level lies between sigma_min={sigma_min} and sigma_max={sigma_max}")
+        raise UserError(f"no iddpm noise level lies between sigma_min={sigma_min} and sigma_max={sigma_max}")
     levels.reverse()
     return [levels[round(f * (len(levels) - 1))] for f in _fractions(num_steps)]
 
@@ -105,7 +107,7 @@ def iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M):
 def _fractions(num_steps):
     """0, ..., 1 in num_steps values."""
     if num_steps < 1:
-        raise ValueError(f"num_steps={num_steps} must be at least 1")
+        raise UserError(f"num_steps={num_steps} must be at least 1")
     return [i / max(num_steps - 1, 1) for i in range(num_steps)]
 
 
@@ -171,12 +173,12 @@ DEFAULT_SIGMAS = {
 
 def _check_choice(name, value, known):
     if value not in known:
-        raise ValueError(f"{name}={value!r} is unknown; want one of {', '.join(known)}")
+        raise UserError(f"{name}={value!r} is unknown; want one of {', '.join(known)}")
 
 
 def _check_range(sigma_min, sigma_max):
     if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"want 0 < sigma_min < sigma_max; got sigma_min={sigma_min}, sigma_max={sigma_max}")
+        raise UserError(f"want 0 < sigma_min < sigma_max; got sigma_min={sigma_min}, sigma_max={sigma_max}")
 
 
 # ---- integration
@@ -265,7 +267,7 @@ def guided(net, cfg_scale, interval=None):
     if cfg_scale is None or cfg_scale == 1:
         return net
     if not net.num_classes:
-        raise ValueError(f"cfg_scale={cfg_scale} needs a class-conditional model; this one has num_classes=0: use 1")
+        raise UserError(f"cfg_scale={cfg_scale} needs a class-conditional model; this one has num_classes=0: use 1")
     sigma_lo, sigma_hi = (0.0, math.inf) if interval is None else interval
 
     @functools.lru_cache(maxsize=1)  # tensors are compared by identity: samplers hand in the same one at every step
@@ -274,7 +276,7 @@ def guided(net, cfg_scale, interval=None):
 
     def model(x, sigma, class_labels=None):
         if class_labels is None:
-            raise ValueError(f"cfg_scale={cfg_scale} needs class_labels; pass them, or use cfg_scale 1")
+            raise UserError(f"cfg_scale={cfg_scale} needs class_labels; pass them, or use cfg_scale 1")
         if interval is not None and not sigma_lo < float(sigma) <= sigma_hi:
             return net(x, sigma, class_labels)
         if torch.is_tensor(sigma) and sigma.numel() > 1:

@@ -14,6 +14,7 @@ import torch
 from models import SharedConditioning, ablation_sampler, create_model, edm_sampler, guided, load_autoencoder
 from models.maskdit import SIZES
 from utils import distributed
+from utils.cli import UserError
 from utils.config import ModelConfig
 from utils.images import save_grid, to_uint8
 from utils.precision import DTYPES, autocast, effective_amp, use_compile
@@ -80,14 +81,14 @@ def infer_model_config(weights, path):
         width, in_channels, patch_size, _ = weights["model.x_embedder.proj.weight"].shape
         num_tokens = weights["model.pos_embed"].shape[1]
     except KeyError as error:
-        raise ValueError(f"checkpoint {path} is no MaskDiT: it has no {error}") from error
+        raise UserError(f"checkpoint {path} is no MaskDiT: it has no {error}") from error
     depth = _count_blocks(weights, "model.blocks.")
     letter = next((letter for letter, size in SIZES.items() if (size.depth, size.width) == (depth, width)), None)
     table = weights.get("model.y_embedder.embedding_table.weight")
     positions = weights.get("model.decoder_pos_embed")
     if letter is None or (positions is not None and positions.shape[2] != ModelConfig.decoder_width):
-        raise ValueError(f"checkpoint {path} (depth {depth}, width {width}) is none of the sizes S, B, L, XL, H, so its number of "
-                         f"heads is unknown; describe it with --config")
+        raise UserError(f"checkpoint {path} (depth {depth}, width {width}) is none of the sizes S, B, L, XL, H, so its number of "
+                        f"heads is unknown; describe it with --config")
     return ModelConfig(model_type=f"DiT-{letter}/{patch_size}", in_size=math.isqrt(num_tokens) * patch_size, in_channels=in_channels,
                        num_classes=0 if table is None else table.shape[1], use_decoder=positions is not None,
                        decoder_depth=_count_blocks(weights, "model.decoder_blocks.") or ModelConfig.decoder_depth)
@@ -158,8 +159,8 @@ def image_decoder(vae_config, in_channels, device):
     """
     autoencoder = load_autoencoder(vae_config.path, device)
     if autoencoder.latent_channels != in_channels:
-        raise ValueError(f"vae.path={vae_config.path} decodes {autoencoder.latent_channels} latent channels, the model makes "
-                         f"{in_channels}; give the autoencoder that its latents were made with")
+        raise UserError(f"vae.path={vae_config.path} decodes {autoencoder.latent_channels} latent channels, the model makes "
+                        f"{in_channels}; give the autoencoder that its latents were made with")
     autoencoder.decode_batch = vae_config.batchsize
 
     def decode(latents):

@@ -316,7 +316,7 @@ def test_a_damaged_file_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["nothing.pth", "nothing", "/nothing/here/at/all", "./a/b"])
 def test_a_missing_path_says_how_to_get_one(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="download_assets.py --name vae"):
+    with pytest.raises(ValueError, match="download_assets.py --name vae"):
         load_autoencoder(name)
 
 
@@ -332,13 +332,13 @@ def test_an_id_that_cannot_be_fetched_says_what_failed(monkeypatch, failure, tri
             raise OSError("what diffusers makes of it")
 
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", fail)
-    with pytest.raises(FileNotFoundError, match="no way to someone/some-vae"):
+    with pytest.raises(ValueError, match="no way to someone/some-vae"):
         load_autoencoder("someone/some-vae")
     assert subfolders == [None, "vae"][:tries]  # a pipeline keeps it in vae/; an unreachable hub is not asked twice
 
 
 def test_folders_that_hold_no_autoencoder_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither config.json nor vae/config.json"):
+    with pytest.raises(ValueError, match="neither config.json nor vae/config.json"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ValueError, match="UNet2DModel, wanted AutoencoderKL"):

@@ -332,7 +332,7 @@ def test_two_downloads_of_one_file_do_not_mix(site, tmp_path):
 
 def test_full_disk_is_found_before_the_transfer(site, tmp_path, monkeypatch):
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(OSError, match="1000 B free, 293 KiB are needed"):
+    with pytest.raises(ValueError, match="1000 B free, 293 KiB are needed"):
         fetch(site.serve("f", send()), tmp_path / "f", patience=HASTY)
 
 

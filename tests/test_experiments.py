@@ -43,7 +43,7 @@ def test_step_of_a_tuning_arm_is_reckoned_by_its_flops():
 
 def test_figures_without_the_costs_name_the_command_that_makes_them(tmp_path):
     shutil.copy(ROOT / "experiments" / "results" / "cpu" / "dit-seed0.json", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"arms.json: no such results; python3 -m experiments.costs makes them"):
+    with pytest.raises(ValueError, match=r"arms.json: no such results; python3 -m experiments.costs makes them"):
         analysis.load(tmp_path)
 
 

@@ -38,7 +38,7 @@ def test_committed_classifier_knows_real_images():
 def test_classifier_refuses_other_sizes_and_names_its_script():
     with pytest.raises(ValueError, match="images are 8x8, wanted 32x32"):
         embeddings.make_embedding(str(DEMO_CLASSIFIER), device="cpu")(random_images(1, 8, 8))
-    with pytest.raises(FileNotFoundError, match="scripts/train_demo_classifier.py"):
+    with pytest.raises(ValueError, match="scripts/train_demo_classifier.py"):
         embeddings.make_embedding("classifier", weights="nowhere")
 
 

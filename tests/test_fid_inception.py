@@ -170,7 +170,7 @@ def test_wrong_layout_or_dtype_is_told(extractor, images, message):
 
 
 def test_missing_weights_name_the_download_command(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python3 download_assets.py --name inception"):
+    with pytest.raises(ValueError, match="python3 download_assets.py --name inception"):
         inception.FeatureExtractor(tmp_path / "nothing.pth")
 
 

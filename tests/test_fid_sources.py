@@ -85,7 +85,7 @@ def test_mixed_sizes_are_told_before_any_work(tmp_path, images):
 
 
 def test_unreadable_inputs_are_told(tmp_path, images):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
+    with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         open_source(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no images found"):
         open_source(tmp_path)

@@ -52,7 +52,7 @@ def test_fashion_mnist_test_split_is_the_published_one():
 
 
 def test_missing_split_and_unknown_split_say_what_was_wanted(tmp_path):
-    with pytest.raises(FileNotFoundError, match="train-images-idx3-ubyte.gz"):
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz"):
         load_fashion_mnist(tmp_path, "train")
     with pytest.raises(ValueError, match="train, test"):
         load_fashion_mnist(ASSETS, "t10k")

@@ -227,7 +227,7 @@ def test_idx_images_get_a_black_border_and_three_channels(tmp_path):
 
 def test_idx_problems_are_told(tmp_path):
     grey = np.zeros((3, 28, 28), np.uint8)
-    with pytest.raises(FileNotFoundError, match="neither t10k-labels-idx1-ubyte.gz nor t10k-labels-idx1-ubyte"):
+    with pytest.raises(ValueError, match="neither t10k-labels-idx1-ubyte.gz nor t10k-labels-idx1-ubyte"):
         open_image_set(write_idx(tmp_path / "a", grey, None), 32)
     with pytest.raises(ValueError, match=r"labels are uint8 of shape \(2,\), wanted integers \(3,\)"):
         open_image_set(write_idx(tmp_path / "b", grey, np.zeros(2, np.uint8)), 32)

@@ -22,7 +22,7 @@ ROOMS = {
     "training.watch": {"utils", "models", "dataset", "sampling", "fid"},
     "scripts": {"utils", "models", "dataset", "sampling", "training", "fid"},
 }
-UTILS_ROWS = ["cli config class_names", "distributed", "logging precision images", "download"]  # each imports rows above its own only
+UTILS_ROWS = ["cli", "config class_names files", "distributed", "logging precision images", "download"]  # each imports rows above its own only
 PACKAGES = ("models", "utils", "dataset", "fid", "sampling", "training")
 TOOLS = ("scripts", "benchmarks", "experiments")  # they may import what the top-level scripts may
 NO_TORCH = ["utils.cli", "utils.config", "utils.class_names", "download_assets"]

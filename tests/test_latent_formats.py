@@ -380,7 +380,7 @@ def test_class_folder_faults_name_file_and_key(tmp_path):
 
 
 def test_nothing_known_at_the_path_says_what_is_wanted(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere: no such file"):
+    with pytest.raises(ValueError, match="nowhere: no such file"):
         open_latent_set(tmp_path / "nowhere")
     (tmp_path / "cat.jpg").write_bytes(b"")
     for path in (tmp_path, tmp_path / "cat.jpg"):

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from models.layers import sincos_positions
+from utils.cli import UserError
 from utils.logging import say
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
@@ -37,10 +38,10 @@ def load_checkpoint(path):
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path}: no such file")
+        raise UserError(f"checkpoint {path}: no such file")
     problem = damage(path)
     if problem:
-        raise ValueError(f"checkpoint {path} is damaged: {problem}; take another one, or download it again")
+        raise UserError(f"checkpoint {path} is damaged: {problem}; take another one, or download it again")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -48,12 +49,12 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"checkpoint {path} is refused: {_refusal(error)}") from error
+        raise UserError(f"checkpoint {path} is refused: {_refusal(error)}") from error
     except Exception as error:  # a damaged file can fail anywhere inside the unpickler, with any class
-        raise ValueError(f"checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)}); "
-                         f"it is damaged or not a PyTorch file") from error
+        raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)}); "
+                        f"it is damaged or not a PyTorch file") from error
     if not isinstance(content, dict):
-        raise ValueError(f"checkpoint {path}: wanted a dict with 'model' or 'ema', found {type(content).__name__}")
+        raise UserError(f"checkpoint {path}: wanted a dict with 'model' or 'ema', found {type(content).__name__}")
     _check_types(content, path)
     return content
 
@@ -62,11 +63,11 @@ def _check_types(content, path):
     wanted = {"model": dict, "ema": dict, "opt": dict, "step": int, "images_seen": int, "config": dict}
     for key, kind in wanted.items():
         if key in content and not isinstance(content[key], kind):
-            raise ValueError(f"checkpoint {path}: its {key!r} is a {type(content[key]).__name__}, wanted a {kind.__name__}")
+            raise UserError(f"checkpoint {path}: its {key!r} is a {type(content[key]).__name__}, wanted a {kind.__name__}")
     optimizer = content.get("opt", {})
     states, groups = optimizer.get("state", {}), optimizer.get("param_groups", [])
     if not (isinstance(states, dict) and all(isinstance(state, dict) for state in states.values()) and isinstance(groups, list)):
-        raise ValueError(f"checkpoint {path}: its 'opt' is not the state of an optimizer")
+        raise UserError(f"checkpoint {path}: its 'opt' is not the state of an optimizer")
 
 
 def load_weights(path, which="ema"):
@@ -81,16 +82,16 @@ def load_weights(path, which="ema"):
 def weights_of(checkpoint, which, path):
     """The same for a checkpoint that is already loaded; `path` is for messages."""
     if which not in ("ema", "model"):
-        raise ValueError(f"which={which!r}: wanted 'ema' or 'model'")
+        raise UserError(f"which={which!r}: wanted 'ema' or 'model'")
     if any(key in checkpoint for key in ("ema", "model")):
         if which not in checkpoint:
             found = ", ".join(str(key) for key in checkpoint)
-            raise ValueError(f"checkpoint {path} has no {which!r} weights; it has {found}")
+            raise UserError(f"checkpoint {path} has no {which!r} weights; it has {found}")
         checkpoint = checkpoint[which]
     tensors = {strip_prefixes(name): value for name, value in checkpoint.items()
                if isinstance(name, str) and isinstance(value, torch.Tensor)}
     if not tensors or len(tensors) != len(checkpoint):
-        raise ValueError(f"checkpoint {path} holds no state dict: wanted names with tensors")
+        raise UserError(f"checkpoint {path} holds no state dict: wanted names with tensors")
     return tensors
 
 
@@ -123,10 +124,10 @@ def load_weights_into(net, weights, path, skip_mismatched=False):
                                for name in weights.keys() & own.keys() if not fits[name]}}
     problems = "; ".join(f"{kind}: {_some_of(sorted(names))}" for kind, names in misfits.items() if names)
     if problems and not skip_mismatched:
-        raise ValueError(f"checkpoint {path} does not fit the model; {problems}. "
-                         f"Check the model section of the config, or leave these out with --skip_mismatched")
+        raise UserError(f"checkpoint {path} does not fit the model; {problems}. "
+                        f"Check the model section of the config, or leave these out with --skip_mismatched")
     if not any(fits.values()):
-        raise ValueError(f"checkpoint {path} has nothing that fits the model; {problems}")
+        raise UserError(f"checkpoint {path} has nothing that fits the model; {problems}")
     if problems:
         say(f"checkpoint {path}: left at fresh values or out; {problems}")
     net.load_state_dict({name: value for name, value in weights.items() if fits[name]}, strict=False)
@@ -192,8 +193,8 @@ def find_latest(folder):
         say(f"checkpoint {path} is passed over: {problem}")
         damaged += [path.name] if finished else []
     if damaged:
-        raise ValueError(f"all checkpoints in {folder} are damaged ({', '.join(damaged)}); restore one, "
-                         f"or move the folder away to begin at the first step")
+        raise UserError(f"all checkpoints in {folder} are damaged ({', '.join(damaged)}); restore one, "
+                        f"or move the folder away to begin at the first step")
     return None
 
 
@@ -245,16 +246,16 @@ class CheckpointWriter:
             write_atomically(self.folder / "probe", b"0")
             (self.folder / "probe").unlink()
         except OSError as error:
-            raise OSError(f"checkpoint folder {self.folder} cannot be written ({error.strerror}); "
-                          f"choose another with log.results_dir") from error
+            raise UserError(f"checkpoint folder {self.folder} cannot be written ({error.strerror}); "
+                            f"choose another with log.results_dir") from error
         if self.keep_last:
             there = len([path for path in _steps_in(self.folder) if _manifest_path(path).is_file()])
             num_coming = min(num_coming, max(1, self.keep_last + 1 - there))
         free = shutil.disk_usage(self.folder).free
         if free < num_coming * num_bytes:
-            raise OSError(f"checkpoint folder {self.folder} has {free / 1e9:.2f} GB free, but {num_coming} more checkpoint(s) of "
-                          f"{num_bytes / 1e9:.2f} GB are to come; free some space, keep fewer with log.keep_last, "
-                          f"or choose another place with log.results_dir")
+            raise UserError(f"checkpoint folder {self.folder} has {free / 1e9:.2f} GB free, but {num_coming} more checkpoint(s) of "
+                            f"{num_bytes / 1e9:.2f} GB are to come; free some space, keep fewer with log.keep_last, "
+                            f"or choose another place with log.results_dir")
 
     def save(self, step, state):
         """Copy `state` to host memory and write it as checkpoint `step` in the background; waits for the previous one first."""

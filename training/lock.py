@@ -9,6 +9,8 @@ import threading
 import time
 from pathlib import Path
 
+from utils.cli import UserError
+
 HEARTBEAT_S = 15.0
 SILENCE_S = 60.0  # a lock of another host that is not touched for this long belongs to a dead job
 
@@ -46,8 +48,8 @@ class RunLock:
             time.sleep(1.0)  # its writer may be between creating and filling it
             owner = self._read()
         if owner is not None and self._alive(owner):
-            raise ValueError(f"{self.path.parent} is in use by process {owner['pid']} on {owner['host']}; "
-                             f"stop that job first, or give this one another log.exp_name")
+            raise UserError(f"{self.path.parent} is in use by process {owner['pid']} on {owner['host']}; "
+                            f"stop that job first, or give this one another log.exp_name")
         self.path.unlink(missing_ok=True)
 
     def _read(self):

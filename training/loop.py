@@ -15,7 +15,7 @@ import torch
 from models import EDMLoss, drop_labels
 from utils import distributed
 from training.checkpoint import CheckpointWriter, strip_prefixes
-from utils.cli import EXIT_STOPPED, EXIT_USER_ERROR
+from utils.cli import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from utils.config import to_dict
 from dataset.stream import BatchStream
 from training.ema import EMA
@@ -96,8 +96,8 @@ class TrainState:
         own = self.optimizer.state_dict()
         for i, (name, parameter) in enumerate(zip(own_names, self.optimizer.param_groups[0]["params"])):
             if name not in by_name or by_name[name]["exp_avg"].shape != parameter.shape:
-                raise ValueError(f"checkpoint {path}: its optimizer state has nothing that fits {name} {tuple(parameter.shape)}; "
-                                 f"to start from its weights only, add --use_strict_load False")
+                raise UserError(f"checkpoint {path}: its optimizer state has nothing that fits {name} {tuple(parameter.shape)}; "
+                                f"to start from its weights only, add --use_strict_load False")
             own["state"][i] = by_name[name]
         self._load_optimizer_state(own)
 
@@ -331,8 +331,8 @@ class _Run:
     def _give_up(self, what):
         newest = self.writer.newest() if self.writer is not None else None
         newest = distributed.broadcast_object(newest)
-        raise ValueError(f"{what}. Last good checkpoint: {newest or 'none yet'}. "
-                         f"Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)")
+        raise UserError(f"{what}. Last good checkpoint: {newest or 'none yet'}. "
+                        f"Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)")
 
     def _save(self):
         """Start writing a checkpoint of this step, unless it is there already."""

@@ -5,7 +5,7 @@ import dataclasses
 import os
 from pathlib import Path
 
-from utils.cli import str_to_bool
+from utils.cli import UserError, str_to_bool
 from utils.config import load_config, to_dict, to_yaml
 
 
@@ -54,8 +54,8 @@ def run_folder(config, args):
     if args.ckpt_path and args.use_ckpt_path:
         checkpoint = Path(args.ckpt_path)
         if checkpoint.parent.name != "checkpoints":
-            raise ValueError(f"--ckpt_path {checkpoint} is not in the checkpoints/ folder of a run that could go on; "
-                             f"to start a new run from it, add --use_ckpt_path False")
+            raise UserError(f"--ckpt_path {checkpoint} is not in the checkpoints/ folder of a run that could go on; "
+                            f"to start a new run from it, add --use_ckpt_path False")
         return checkpoint.parent.parent
     return Path(config.log.results_dir) / config.log.exp_name
 
@@ -65,8 +65,8 @@ def launch_if_asked(args, script, argv):
     if args.num_process_per_node is None or "RANK" in os.environ:  # that is: already a worker
         return None
     if args.num_process_per_node < 1 or not 0 <= args.node_rank < args.num_nodes:
-        raise ValueError(f"--num_process_per_node {args.num_process_per_node} --num_nodes {args.num_nodes} --node_rank {args.node_rank}: "
-                         f"wanted at least 1 process and a node rank below the number of nodes")
+        raise UserError(f"--num_process_per_node {args.num_process_per_node} --num_nodes {args.num_nodes} --node_rank {args.node_rank}: "
+                        f"wanted at least 1 process and a node rank below the number of nodes")
     from utils import distributed
 
     return distributed.launch(script, argv, args.num_process_per_node, args.num_nodes, args.node_rank,
@@ -169,7 +169,7 @@ def start_from(state, checkpoint, path, strict, skip_mismatched=False):
         load_weights_into(net, weights_of(checkpoint, which, path), path, skip_mismatched)
     if strict:
         if "opt" not in checkpoint:
-            raise ValueError(f"checkpoint {path} has no optimizer state; to start from its weights only, add --use_strict_load False")
+            raise UserError(f"checkpoint {path} has no optimizer state; to start from its weights only, add --use_strict_load False")
         state.load_optimizer(checkpoint, path)
     state.step = state.start_step = steps_done(checkpoint)
     state.images_seen = state.start_images = int(checkpoint.get("images_seen", 0))
@@ -185,8 +185,8 @@ def _tell_changes(state, checkpoint, folder):
                for key, value in now[section].items() if section in then and then[section].get(key) != value}
     other_model = [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]
     if other_model:
-        raise ValueError(f"{folder} holds a run of another model: {', '.join(other_model)}; "
-                         f"choose another log.exp_name, or the settings of that run (its config.yaml)")
+        raise UserError(f"{folder} holds a run of another model: {', '.join(other_model)}; "
+                        f"choose another log.exp_name, or the settings of that run (its config.yaml)")
     if changed:
         say(f"settings changed since the checkpoint: {', '.join(f'{key} {change}' for key, change in changed.items())}")
     batch_then = then["train"]["batchsize"] * checkpoint["world_size"]

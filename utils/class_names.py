@@ -3,6 +3,8 @@
 import difflib
 from pathlib import Path
 
+from utils.cli import UserError
+
 IMAGENET_FILE = Path(__file__).resolve().parent.parent / "assets" / "imagenet_classes.txt"
 
 
@@ -27,10 +29,10 @@ def resolve_class(text, class_names):
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise ValueError(f"class {text!r} is ambiguous: {_listed(matches, class_names)}; give more of the name, or the index")
+        raise UserError(f"class {text!r} is ambiguous: {_listed(matches, class_names)}; give more of the name, or the index")
     near = [names.index(name) for name in difflib.get_close_matches(wanted, names, n=3)]
     hint = f"near it: {_listed(near, class_names)}" if near else "no name is near it"
-    raise ValueError(f"class {text!r} is unknown; {hint}; give a name, a part of one, or an index from 0 to {len(class_names) - 1}")
+    raise UserError(f"class {text!r} is unknown; {hint}; give a name, a part of one, or an index from 0 to {len(class_names) - 1}")
 
 
 def _indices(matches):
@@ -39,7 +41,7 @@ def _indices(matches):
 
 def _in_range(index, num_classes):
     if not 0 <= index < num_classes:
-        raise ValueError(f"class {index} is out of range; wanted 0 to {num_classes - 1}")
+        raise UserError(f"class {index} is out of range; wanted 0 to {num_classes - 1}")
     return index
 
 

@@ -7,20 +7,23 @@ import time
 import traceback
 from pathlib import Path
 
+PROJECT_ROOT = Path(__file__).resolve().parent.parent
 EXIT_USER_ERROR = 2
 EXIT_OTHER_FAILED = 1
 EXIT_STOPPED = 75  # the run was asked to stop, saved, and can go on: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_NOTICE_S = 3.0  # a launcher passes a Ctrl-C that its workers got too: the echo is not a second signal
-PROJECT_ROOT = Path(__file__).resolve().parent.parent
+
+
+class UserError(ValueError):
+    """Something that the user, not a programmer, has to mend; the text says what it was, what is wanted and what to do."""
 
 
 def run(main):
     """Call `main()` and exit with its return value (None means 0).
 
-    ValueError and OSError raised by this project's own code are messages for the user: one line on stderr, exit code 2.
-    The same classes raised inside a library, and every other class, are bugs and keep their traceback. A process that only
-    ends because another one did says which. MASKDIT_DEBUG=1 shows all tracebacks.
+    A UserError is one line on stderr and exit code 2. Every other exception is a bug and shows its traceback, a plain ValueError
+    or OSError too. A process that ends only because another one did says which. MASKDIT_DEBUG=1 shows all tracebacks.
     """
     try:
         code = main()
@@ -51,20 +54,13 @@ def _report(error):
             print(f"rank {distributed.rank()} {lost}", file=sys.stderr, flush=True)
             return EXIT_OTHER_FAILED
     first = not several or distributed.note_failure(f"{type(error).__name__}: {error}")
-    if not isinstance(error, (ValueError, OSError)) or not _raised_here(error) or os.environ.get("MASKDIT_DEBUG"):
+    if not isinstance(error, UserError) or os.environ.get("MASKDIT_DEBUG"):
         return None
     if several and first:
         print(f"error on rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
     elif not several and int(os.environ.get("RANK", 0)) == 0:  # before the group exists every process finds the same
         print(f"error: {error}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
-
-
-def _raised_here(error):
-    """True if the innermost Python frame is a file of this project (a library's frame means a bug)."""
-    frames = traceback.extract_tb(error.__traceback__)
-    path = Path(frames[-1].filename).resolve()
-    return path.is_relative_to(PROJECT_ROOT) and "site-packages" not in path.parts
 
 
 def str_to_bool(text):

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
+from utils.cli import UserError
+
 AMP_CHOICES = ("fp16", "bf16", "no")
 LR_SCHEDULES = ("constant", "cosine", "linear")
 MASK_SCHEDULES = ("constant", "linear", "exp", "cosine2", "cosine3", "cosine4", "cosine5", "cosine6")
@@ -158,7 +160,7 @@ def load_config(path=None, overrides=(), base=None):
     layers = [to_dict(base)] if base is not None else []
     if path is not None:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"--config {path}: no such file{_similar_files(path)}")
+            raise UserError(f"--config {path}: no such file{_similar_files(path)}")
         layers.append(_read_yaml(path))
     layers.append(_parse_overrides(overrides))
     config = from_dict(*layers)
@@ -198,13 +200,13 @@ def _read_yaml(path):
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except (OmegaConfBaseException, OSError, ValueError) as error:
-        raise ValueError(f"--config {path}: {error}") from error
+        raise UserError(f"--config {path}: {error}") from error
     except Exception as error:  # PyYAML's errors have no common base that OmegaConf promises
         if "yaml" not in type(error).__module__:
             raise
-        raise ValueError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: wanted sections ({', '.join(_sections())}), found {type(content).__name__}")
+        raise UserError(f"--config {path}: wanted sections ({', '.join(_sections())}), found {type(content).__name__}")
     return content
 
 
@@ -214,11 +216,11 @@ def _parse_overrides(overrides):
 
     for text in overrides:
         if not re.match(r"^[\w.]+=", text):
-            raise ValueError(f"argument {text!r} is not understood; overrides look like train.lr=1e-4, options like --config")
+            raise UserError(f"argument {text!r} is not understood; overrides look like train.lr=1e-4, options like --config")
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     except OmegaConfBaseException as error:
-        raise ValueError(f"override: {error}") from error
+        raise UserError(f"override: {error}") from error
 
 
 def _sections():
@@ -229,14 +231,14 @@ def _merge(target, source, prefix):
     """Put `source` over `target`; only keys of the schema are let in."""
     for section, values in source.items():
         if section not in _sections():
-            raise ValueError(f"unknown key {section!r}; {_nearest(section)}")
+            raise UserError(f"unknown key {section!r}; {_nearest(section)}")
         if values is None:
             continue
         if not isinstance(values, dict):
-            raise ValueError(f"{section}={values!r} is a section; set its keys, as in {section}.{_keys(section)[0]}=...")
+            raise UserError(f"{section}={values!r} is a section; set its keys, as in {section}.{_keys(section)[0]}=...")
         for key in values:
             if key not in _keys(section):
-                raise ValueError(f"unknown key '{section}.{key}'; {_nearest(f'{section}.{key}')}")
+                raise UserError(f"unknown key '{section}.{key}'; {_nearest(f'{section}.{key}')}")
         target.setdefault(section, {}).update(values)
 
 
@@ -267,16 +269,16 @@ def _coerce(key, value, wanted):
     if typing.get_origin(wanted) is Literal:
         choices = typing.get_args(wanted)
         if not any(type(value) is type(choice) and value == choice for choice in choices):  # 1 is not true
-            raise ValueError(f"{key}={value!r}: wanted one of {', '.join(str(choice).lower() for choice in choices)}")
+            raise UserError(f"{key}={value!r}: wanted one of {', '.join(str(choice).lower() for choice in choices)}")
         return value
     if typing.get_origin(wanted) is tuple:
         parts = typing.get_args(wanted)
         if parts[-1] is Ellipsis:
             if not isinstance(value, (list, tuple)):
-                raise ValueError(f"{key}={value!r}: wanted a list, as in {key}=[{typing.get_args(parts[0])[0]}]")
+                raise UserError(f"{key}={value!r}: wanted a list, as in {key}=[{typing.get_args(parts[0])[0]}]")
             return tuple(_coerce(key, item, parts[0]) for item in value)
         if not isinstance(value, (list, tuple)) or len(value) != len(parts):
-            raise ValueError(f"{key}={value!r}: wanted a list of {len(parts)} numbers, as in {key}=[0.9,0.999]")
+            raise UserError(f"{key}={value!r}: wanted a list of {len(parts)} numbers, as in {key}=[0.9,0.999]")
         return tuple(_coerce(key, item, part) for item, part in zip(value, parts))
     if wanted is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
@@ -288,7 +290,7 @@ def _coerce(key, value, wanted):
         return str(value)
     if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-        raise ValueError(f"{key}={value!r}: wanted {names[wanted]}, got {type(value).__name__}")
+        raise UserError(f"{key}={value!r}: wanted {names[wanted]}, got {type(value).__name__}")
     return value
 
 
@@ -304,43 +306,43 @@ def _validate(config):
         for key in keys:
             value = getattr(getattr(config, section), key)
             if value is not None and not value > 0:
-                raise ValueError(f"{section}.{key}={value} must be above 0")
+                raise UserError(f"{section}.{key}={value} must be above 0")
     for section, keys in _NOT_NEGATIVE.items():
         for key in keys:
             value = getattr(getattr(config, section), key)
             if not value >= 0:
-                raise ValueError(f"{section}.{key}={value} must not be negative")
+                raise UserError(f"{section}.{key}={value} must not be negative")
     for key, value in (("train.mask_ratio", train.mask_ratio), ("train.mask_ratio_min", train.mask_ratio_min),
                        ("train.class_dropout_prob", train.class_dropout_prob), ("train.ema_decay", train.ema_decay)):
         if not 0 <= value < 1:
-            raise ValueError(f"{key}={value} must be at least 0 and below 1")
+            raise UserError(f"{key}={value} must be at least 0 and below 1")
     if train.mask_ratio_min > train.mask_ratio:
-        raise ValueError(f"train.mask_ratio_min={train.mask_ratio_min} is above train.mask_ratio={train.mask_ratio}; "
-                         f"schedules go from mask_ratio down to mask_ratio_min")
+        raise UserError(f"train.mask_ratio_min={train.mask_ratio_min} is above train.mask_ratio={train.mask_ratio}; "
+                        f"schedules go from mask_ratio down to mask_ratio_min")
     if train.mask_ratio > 0 and not model.use_decoder:
-        raise ValueError(f"train.mask_ratio={train.mask_ratio} needs the decoder that fills in removed patches, but "
-                         f"model.use_decoder=false; set train.mask_ratio=0 or model.use_decoder=true")
+        raise UserError(f"train.mask_ratio={train.mask_ratio} needs the decoder that fills in removed patches, but "
+                        f"model.use_decoder=false; set train.mask_ratio=0 or model.use_decoder=true")
     if train.cuda_graphs and train.compile is not True:
-        raise ValueError("train.cuda_graphs=true works on compiled blocks only; set train.compile=true too")
+        raise UserError("train.cuda_graphs=true works on compiled blocks only; set train.compile=true too")
     if train.cuda_graphs and train.grad_accum > 1:
-        raise ValueError(f"train.cuda_graphs=true replays into the memory that train.grad_accum={train.grad_accum} adds gradients up in; "
-                         f"set train.grad_accum=1")
+        raise UserError(f"train.cuda_graphs=true replays into the memory that train.grad_accum={train.grad_accum} adds gradients up in; "
+                        f"set train.grad_accum=1")
     if train.cuda_graphs and train.mask_ratio_varies and train.token_multiple == 1:
-        raise ValueError(f"train.cuda_graphs=true records a graph for every number of kept tokens, of which train.mask_ratio_fn="
-                         f"{train.mask_ratio_fn} makes hundreds; set train.token_multiple=16")
+        raise UserError(f"train.cuda_graphs=true records a graph for every number of kept tokens, of which train.mask_ratio_fn="
+                        f"{train.mask_ratio_fn} makes hundreds; set train.token_multiple=16")
     if train.batchsize % train.grad_accum:
-        raise ValueError(f"train.batchsize={train.batchsize} must be divisible by train.grad_accum={train.grad_accum}; "
-                         f"try {_divisible_near(train.batchsize, train.grad_accum)}")
+        raise UserError(f"train.batchsize={train.batchsize} must be divisible by train.grad_accum={train.grad_accum}; "
+                        f"try {_divisible_near(train.batchsize, train.grad_accum)}")
     if model.num_classes == 0 and sample.cfg_scale != 1:
-        raise ValueError(f"sample.cfg_scale={sample.cfg_scale} needs classes, but model.num_classes=0; set sample.cfg_scale=1")
+        raise UserError(f"sample.cfg_scale={sample.cfg_scale} needs classes, but model.num_classes=0; set sample.cfg_scale=1")
     if sample.cfg_interval is not None and not 0 <= sample.cfg_interval[0] < sample.cfg_interval[1]:
-        raise ValueError(f"sample.cfg_interval={list(sample.cfg_interval)}: wanted [sigma_lo, sigma_hi] with 0 <= sigma_lo < sigma_hi")
+        raise UserError(f"sample.cfg_interval={list(sample.cfg_interval)}: wanted [sigma_lo, sigma_hi] with 0 <= sigma_lo < sigma_hi")
     if config.eval.every and not config.eval.ref_path:
-        raise ValueError(f"eval.every={config.eval.every} needs eval.ref_path: the statistics or images to compare with")
+        raise UserError(f"eval.every={config.eval.every} needs eval.ref_path: the statistics or images to compare with")
     if data.resolution % 8:
-        raise ValueError(f"data.resolution={data.resolution} must be a multiple of 8")
+        raise UserError(f"data.resolution={data.resolution} must be a multiple of 8")
     if "/" in log.exp_name or log.exp_name in (".", ".."):
-        raise ValueError(f"log.exp_name={log.exp_name!r} is a name, not a path; the place is log.results_dir")
+        raise UserError(f"log.exp_name={log.exp_name!r} is a name, not a path; the place is log.results_dir")
 
 
 _POSITIVE = {
@@ -365,7 +367,7 @@ def _short_names():
 
 def _choice(key, value, choices):
     if value not in choices:
-        raise ValueError(f"{key}={value!r}: wanted one of {', '.join(choices)}")
+        raise UserError(f"{key}={value!r}: wanted one of {', '.join(choices)}")
 
 
 def _divisible_near(number, divisor):

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from utils.cli import UserError
+
 START_TIMEOUT_S = 600.0  # longest wait for the other processes to start
 NOTE_EVERY_S = 1.0  # how often a process tells the others where it is
 GRACE_S = 3.0  # survivors of a failure wait this long, so that the process at fault is heard first
@@ -33,8 +35,8 @@ def init(timeout_s=1800.0):
     global _store
     if torch.cuda.is_available():
         if local_rank() >= torch.cuda.device_count():
-            raise ValueError(f"process {local_rank()} of this node has no GPU of its own: {torch.cuda.device_count()} found; "
-                             f"start at most {torch.cuda.device_count()} processes per node")
+            raise UserError(f"process {local_rank()} of this node has no GPU of its own: {torch.cuda.device_count()} found; "
+                            f"start at most {torch.cuda.device_count()} processes per node")
         torch.cuda.set_device(local_rank())
     if "RANK" not in os.environ or dist.is_initialized():
         return
@@ -57,7 +59,7 @@ def _wait_for_all(own_rank, size):
         _store.wait(keys, datetime.timedelta(seconds=START_TIMEOUT_S))
     except RuntimeError as error:
         missing = [str(other) for other, key in enumerate(keys) if not _store.check([key])]
-        raise ConnectionError(f"process(es) {', '.join(missing)} of {size} did not start within {START_TIMEOUT_S:.0f} s") from error
+        raise UserError(f"process(es) {', '.join(missing)} of {size} did not start within {START_TIMEOUT_S:.0f} s") from error
 
 
 def shutdown():
@@ -240,7 +242,7 @@ def launch(script, argv, num_processes, num_nodes=1, node_rank=0, master_address
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if num_nodes > 1 and not master_port:
-        raise ValueError("several nodes need --master_port, the same on every node (for example 29500)")
+        raise UserError("several nodes need --master_port, the same on every node (for example 29500)")
     rendezvous_config = {"rank": node_rank} if num_nodes > 1 else {}
     # Left to torch (before signals_to_handle came), a signal gives the workers 30 s, and their exit code is lost.
     known = {option.name for option in dataclasses.fields(LaunchConfig)}

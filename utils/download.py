@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
+from utils.cli import UserError
 from utils.logging import Progress, format_bytes, say
 
 CHUNK_BYTES = 1 << 16
@@ -28,7 +29,7 @@ class PlaceFailed(Exception):
     """This place does not deliver the file; the text is its answer."""
 
 
-class BadArchive(ValueError):
+class BadArchive(UserError):
     """A zip that is damaged, or that would write where it must not."""
 
 
@@ -282,7 +283,7 @@ def _reason(error):
 def _check_room(folder, num_bytes):
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise OSError(f"{folder} has {format_bytes(free)} free, {format_bytes(num_bytes)} are needed; make room or choose another --dest")
+        raise UserError(f"{folder} has {format_bytes(free)} free, {format_bytes(num_bytes)} are needed; make room or choose another --dest")
 
 
 def unzip(archive, folder):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.cli import UserError
+
 MARGIN = 6          # pixels around the grid and between labels and images
 FONT_SIZE = 15      # of labels; the title is larger
 TITLE_FONT_SIZE = 18
@@ -40,7 +42,7 @@ def save_grid(path, images, labels=None, column_labels=None, columns=None, scale
 
     images = _to_array(images)
     if images.ndim != 4 or images.shape[0] == 0 or images.shape[3] != 3:
-        raise ValueError(f"images have shape {images.shape}, wanted (N, H, W, 3) with N of at least 1")
+        raise UserError(f"images have shape {images.shape}, wanted (N, H, W, 3) with N of at least 1")
     columns = columns or _default_columns(len(images), labels)
     grid = tile(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
     cell_height, cell_width = images.shape[1] * scale, images.shape[2] * scale
@@ -99,7 +101,7 @@ def _to_array(image):
     """A uint8 numpy array on the CPU, from an array, a tensor or a PIL image."""
     array = np.asarray(image.cpu() if hasattr(image, "cpu") else image)
     if array.dtype != np.uint8:
-        raise ValueError(f"images are {array.dtype}, wanted uint8 (to_uint8 makes it)")
+        raise UserError(f"images are {array.dtype}, wanted uint8 (to_uint8 makes it)")
     return array
 
 
@@ -109,7 +111,7 @@ def _default_columns(count, labels):
 
 def _check_labels(name, labels, wanted, what):
     if labels and len(labels) != wanted:
-        raise ValueError(f"{name} has {len(labels)} texts for {wanted} {what}; give one each")
+        raise UserError(f"{name} has {len(labels)} texts for {wanted} {what}; give one each")
 
 
 def _font(size):

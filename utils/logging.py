@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from utils import distributed
+from utils.cli import UserError
 
 
 def say(text=""):
@@ -169,5 +170,5 @@ def _start_wandb(folder, config):
     try:
         import wandb
     except ImportError as error:
-        raise ValueError("log.wandb=true needs the package wandb: pip install wandb, or log.wandb=false") from error
+        raise UserError("log.wandb=true needs the package wandb: pip install wandb, or log.wandb=false") from error
     return wandb.init(dir=str(folder), name=folder.name, id=folder.name, resume="allow", config=config)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from utils.cli import UserError
+
 CPU_INFO = Path("/proc/cpuinfo")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt, in glibc's malloc.h
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -77,7 +79,7 @@ def use_compile(key, setting, device):
         return device.type == "cuda" and missing_for_compile(device) is None
     missing = missing_for_compile(device) if setting else None
     if missing is not None:
-        raise ValueError(f"{key}=true needs {missing}; set {key}=false to go without")
+        raise UserError(f"{key}=true needs {missing}; set {key}=false to go without")
     return setting
 
 
