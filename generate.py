@@ -91,7 +91,8 @@ def main():
 
 def sample(args, overrides, seeds):
     from utils import distributed
-    from sampling.sample import generate, image_decoder, prepare_network
+    from sampling.load import prepare_network
+    from sampling.sample import generate, image_decoder
     from utils.logging import Progress, say
     from utils.precision import keep_freed_memory, setup_backends, use_compile
 
@@ -133,9 +134,9 @@ def sample(args, overrides, seeds):
 
 def load_net(args, overrides, device):
     """The network with a checkpoint's weights, the Config it is sampled with, and its class names (or None)."""
-    from training.checkpoint import load_checkpoint, load_weights_into, weights_of
+    from sampling.load import infer_model_config, load_checkpoint, load_weights_into, weights_of
     from utils.class_names import load_imagenet_class_names
-    from sampling.sample import build_model, infer_model_config
+    from sampling.sample import build_model
 
     checkpoint = load_checkpoint(args.ckpt_path)
     weights = weights_of(checkpoint, args.which, args.ckpt_path)

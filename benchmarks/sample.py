@@ -60,7 +60,8 @@ def make_net(model_config, device):
 def make_arm(config, arm, device):
     """A function that samples one batch with `arm` and returns its latents."""
     from benchmarks.reference import PlainDenoiser
-    from sampling.sample import prepare_network, sample_latents
+    from sampling.load import prepare_network
+    from sampling.sample import sample_latents
 
     net, seeds = make_net(config.model, device), list(range(config.sample.batchsize))
     if arm == "plain":

@@ -115,7 +115,8 @@ class Sampler:
     """Samples of a run's EMA weights, from a copy of its network that is made ready for sampling once and takes the weights anew."""
 
     def __init__(self, config, data, device):
-        from sampling.sample import build_model, prepare_network
+        from sampling.load import prepare_network
+        from sampling.sample import build_model
 
         self.config, self.data, self.device = config, data, device
         self.net = build_model(config.model).to(device).eval().requires_grad_(False)
@@ -175,7 +176,8 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
     """
     import torch
 
-    from training.checkpoint import find_latest, load_checkpoint
+    from sampling.load import load_checkpoint
+    from training.checkpoint import find_latest
     from sampling.sample import build_model
     from training.loop import TrainState, fit
     from training.run import start_from

@@ -12,12 +12,10 @@ import numpy as np
 import torch
 
 from models import SharedConditioning, ablation_sampler, create_model, edm_sampler, guided, load_autoencoder
-from models.maskdit import SIZES
 from utils import distributed
 from utils.cli import UserError
-from utils.config import ModelConfig
 from utils.images import save_grid, to_uint8
-from utils.precision import DTYPES, autocast, effective_amp, use_compile
+from utils.precision import autocast
 
 
 class SeedStreams:
@@ -64,38 +62,6 @@ def build_model(model_config, train=None):
     return create_model(m.model_type, m.in_size, m.in_channels, m.num_classes, m.use_decoder, depth=m.depth, width=m.width,
                         num_heads=m.num_heads, decoder_depth=m.decoder_depth, decoder_width=m.decoder_width,
                         decoder_num_heads=m.decoder_num_heads, **options)
-
-
-def prepare_network(net, config, device):
-    """Make a network that is only sampled with ready for it, as a SampleConfig says: its precision, compiled blocks."""
-    amp = effective_amp(config.amp, device)
-    if amp != "no":
-        net.cast_layers(DTYPES[amp])
-    if use_compile("sample.compile", config.compile, device):
-        net.compile_blocks()  # for the batch that comes first; for any other (without guidance, the last one) once more, for all sizes
-
-
-def infer_model_config(weights, path):
-    """The ModelConfig of a state dict that comes without one, read from its shapes. Raises ValueError if they do not tell."""
-    try:
-        width, in_channels, patch_size, _ = weights["model.x_embedder.proj.weight"].shape
-        num_tokens = weights["model.pos_embed"].shape[1]
-    except KeyError as error:
-        raise UserError(f"checkpoint {path} is no MaskDiT: it has no {error}") from error
-    depth = _count_blocks(weights, "model.blocks.")
-    letter = next((letter for letter, size in SIZES.items() if (size.depth, size.width) == (depth, width)), None)
-    table = weights.get("model.y_embedder.embedding_table.weight")
-    positions = weights.get("model.decoder_pos_embed")
-    if letter is None or (positions is not None and positions.shape[2] != ModelConfig.decoder_width):
-        raise UserError(f"checkpoint {path} (depth {depth}, width {width}) is none of the sizes S, B, L, XL, H, so its number of "
-                        f"heads is unknown; describe it with --config")
-    return ModelConfig(model_type=f"DiT-{letter}/{patch_size}", in_size=math.isqrt(num_tokens) * patch_size, in_channels=in_channels,
-                       num_classes=0 if table is None else table.shape[1], use_decoder=positions is not None,
-                       decoder_depth=_count_blocks(weights, "model.decoder_blocks.") or ModelConfig.decoder_depth)
-
-
-def _count_blocks(weights, prefix):
-    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
 
 
 def build_sampler(config):

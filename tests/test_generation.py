@@ -8,8 +8,8 @@ import torch
 
 from models import create_model
 from utils.config import ModelConfig, SampleConfig
-from sampling.sample import (SeedStreams, batches_of, build_model, draw_inputs, generate, infer_model_config,
-                              latents_to_uint8, sample_latents)
+from sampling.sample import (SeedStreams, batches_of, build_model, draw_inputs, generate, latents_to_uint8,
+                             sample_latents)
 
 CPU = torch.device("cpu")
 TINY = ModelConfig(model_type="DiT-S/2", in_size=8, num_classes=5, depth=2, width=32, num_heads=2,
@@ -77,21 +77,6 @@ def test_batches_are_dealt_to_ranks_in_turn(monkeypatch):
     monkeypatch.setattr("utils.distributed.world_size", lambda: 2)
     monkeypatch.setattr("utils.distributed.rank", lambda: 1)
     assert batches_of([10, 11, 12, 13, 14], 2) == [(1, [12, 13])]
-
-
-@pytest.mark.parametrize("options", [{}, {"num_classes": 0}, {"use_decoder": False}, {"in_size": 16, "model_type": "DiT-S/4"}])
-def test_config_is_inferred_from_published_shapes(options):
-    config = dataclasses.replace(ModelConfig(model_type="DiT-S/8"), **options)
-    with torch.device("meta"):
-        weights = build_model(config).state_dict()
-    assert infer_model_config(weights, "file.pt") == config
-
-
-def test_odd_sizes_cannot_be_inferred():
-    with pytest.raises(ValueError, match="file.pt.*--config"):
-        infer_model_config(build_model(TINY).state_dict(), "file.pt")
-    with pytest.raises(ValueError, match="no MaskDiT"):
-        infer_model_config({"a": torch.zeros(1)}, "file.pt")
 
 
 def test_guidance_changes_the_image(net):

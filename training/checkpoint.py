@@ -5,178 +5,20 @@ checkpoint without one was interrupted and is passed over. The .pt is a dict wit
 published files, and what an exact resume needs besides.
 """
 
-import argparse
 import errno
 import hashlib
 import json
-import math
 import os
-import pickle
-import re
 import shutil
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import torch
 
-from models.layers import sincos_positions
+from sampling.load import damage, first_line, manifest_path
 from utils.cli import UserError
 from utils.logging import say
-
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-
-
-# ------------------------------------------------------------------------------------------------ reading
-
-def load_checkpoint(path):
-    """Read a checkpoint dict onto the CPU, ours or the published format.
-
-    Nothing in the file is executed: only tensors, plain containers and argparse.Namespace (the published `args`) are let in.
-    Raises FileNotFoundError, or ValueError saying what is wrong with the file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
-    problem = damage(path)
-    if problem:
-        raise UserError(f"checkpoint {path} is damaged: {problem}; take another one, or download it again")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {path} is refused: {_refusal(error)}") from error
-    except Exception as error:  # a damaged file can fail anywhere inside the unpickler, with any class
-        raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}: {_first_line(error)}); "
-                        f"it is damaged or not a PyTorch file") from error
-    if not isinstance(content, dict):
-        raise UserError(f"checkpoint {path}: wanted a dict with 'model' or 'ema', found {type(content).__name__}")
-    _check_types(content, path)
-    return content
-
-
-def _check_types(content, path):
-    wanted = {"model": dict, "ema": dict, "opt": dict, "step": int, "images_seen": int, "config": dict}
-    for key, kind in wanted.items():
-        if key in content and not isinstance(content[key], kind):
-            raise UserError(f"checkpoint {path}: its {key!r} is a {type(content[key]).__name__}, wanted a {kind.__name__}")
-    optimizer = content.get("opt", {})
-    states, groups = optimizer.get("state", {}), optimizer.get("param_groups", [])
-    if not (isinstance(states, dict) and all(isinstance(state, dict) for state in states.values()) and isinstance(groups, list)):
-        raise UserError(f"checkpoint {path}: its 'opt' is not the state of an optimizer")
-
-
-def load_weights(path, which="ema"):
-    """State dict of a checkpoint under the published names (`model.x_embedder.proj.weight`, ...), wrapper prefixes removed.
-
-    which: "ema" or "model". A file that is itself a state dict is returned as it is.
-    Raises FileNotFoundError, or ValueError if the file is damaged or has no such weights.
-    """
-    return weights_of(load_checkpoint(path), which, path)
-
-
-def weights_of(checkpoint, which, path):
-    """The same for a checkpoint that is already loaded; `path` is for messages."""
-    if which not in ("ema", "model"):
-        raise UserError(f"which={which!r}: wanted 'ema' or 'model'")
-    if any(key in checkpoint for key in ("ema", "model")):
-        if which not in checkpoint:
-            found = ", ".join(str(key) for key in checkpoint)
-            raise UserError(f"checkpoint {path} has no {which!r} weights; it has {found}")
-        checkpoint = checkpoint[which]
-    tensors = {strip_prefixes(name): value for name, value in checkpoint.items()
-               if isinstance(name, str) and isinstance(value, torch.Tensor)}
-    if not tensors or len(tensors) != len(checkpoint):
-        raise UserError(f"checkpoint {path} holds no state dict: wanted names with tensors")
-    return tensors
-
-
-def strip_prefixes(name):
-    """'module._orig_mod.model.pos_embed' -> 'model.pos_embed': what DDP and torch.compile put before names."""
-    while name.startswith(WRAPPER_PREFIXES):
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-    return name
-
-
-def steps_done(checkpoint):
-    """Optimizer steps behind a checkpoint: ours say so; the published ones hold it in AdamW's state. 0 if neither does."""
-    if "step" in checkpoint:
-        return int(checkpoint["step"])
-    states = checkpoint.get("opt", {}).get("state", {})
-    return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
-
-
-def load_weights_into(net, weights, path, skip_mismatched=False):
-    """Load a state dict into `net`. Raises ValueError listing by name what is missing, unknown or of another shape.
-
-    skip_mismatched: say it instead, and leave those out; position tables of another grid are interpolated to this one.
-    """
-    own = net.state_dict()
-    if skip_mismatched:
-        weights = {name: _fit_positions(name, value, own, path) for name, value in weights.items()}
-    fits = {name: name in own and value.shape == own[name].shape for name, value in weights.items()}
-    misfits = {"missing": own.keys() - weights.keys(), "unknown": weights.keys() - own.keys(),
-               "other shape": {f"{name} {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
-                               for name in weights.keys() & own.keys() if not fits[name]}}
-    problems = "; ".join(f"{kind}: {_some_of(sorted(names))}" for kind, names in misfits.items() if names)
-    if problems and not skip_mismatched:
-        raise UserError(f"checkpoint {path} does not fit the model; {problems}. "
-                        f"Check the model section of the config, or leave these out with --skip_mismatched")
-    if not any(fits.values()):
-        raise UserError(f"checkpoint {path} has nothing that fits the model; {problems}")
-    if problems:
-        say(f"checkpoint {path}: left at fresh values or out; {problems}")
-    net.load_state_dict({name: value for name, value in weights.items() if fits[name]}, strict=False)
-
-
-def _fit_positions(name, value, own, path):
-    """A fixed position table of another grid, made anew in units of that grid; anything else as it is."""
-    if not name.endswith("pos_embed") or name not in own or value.dim() != 3 or value.shape[2] != own[name].shape[2]:
-        return value
-    (old, width), new = value.shape[1:], own[name].shape[1]
-    old_grid, new_grid = math.isqrt(old), math.isqrt(new)
-    if old == new or old_grid**2 != old or not torch.allclose(value, sincos_positions(width, old_grid), atol=1e-3):
-        return value
-    say(f"checkpoint {path}: {name} is interpolated from {old_grid} x {old_grid} to {new_grid} x {new_grid} patches")
-    return sincos_positions(width, new_grid, unit_grid=old_grid)
-
-
-def _some_of(names, count=6):
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def damage(path):
-    """What is wrong with a checkpoint file, or None. With a manifest beside it the whole file is checked against it."""
-    path = Path(path)
-    manifest = _manifest_path(path)
-    if manifest.is_file():
-        try:
-            wanted = json.loads(manifest.read_text())
-            size, digest = int(wanted["size"]), str(wanted["sha256"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
-            return f"its manifest {manifest.name} is not readable"
-        if path.stat().st_size != size:
-            return f"{path.stat().st_size} bytes, its manifest says {size}"
-        if file_sha256(path) != digest:
-            return "its checksum differs from its manifest's"
-    elif zipfile.is_zipfile(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                bad = archive.testzip()
-        except Exception as error:  # zipfile raises many classes on damaged files
-            return _first_line(error)
-        if bad:
-            return f"the record {bad} fails its CRC"
-    return None
-
-
-def file_sha256(path):
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def find_latest(folder):
@@ -186,7 +28,7 @@ def find_latest(folder):
     """
     damaged = []
     for path in reversed(_steps_in(folder)):
-        finished = _manifest_path(path).is_file()
+        finished = manifest_path(path).is_file()
         problem = damage(path) if finished else "it has no manifest: its writing was interrupted"
         if problem is None:
             return path
@@ -202,21 +44,6 @@ def _steps_in(folder):
     """Checkpoint files in order of their steps."""
     found = [path for path in Path(folder).glob("*.pt") if path.stem.isdigit()]
     return sorted(found, key=lambda path: int(path.stem))
-
-
-def _manifest_path(path):
-    return path.with_suffix(".json")
-
-
-def _refusal(error):
-    """Name the class that PyTorch's unpickler refused, from its long message."""
-    named = re.search(r"(?:GLOBAL|class|global:?) ([\w]+\.[\w.]+)", str(error))
-    what = f"it contains {named[1]}" if named else "its pickle is not readable"
-    return f"{what}; only tensors, plain containers and argparse.Namespace are accepted, and nothing was executed"
-
-
-def _first_line(error):
-    return (str(error).splitlines() or ["no message"])[0]
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -249,7 +76,7 @@ class CheckpointWriter:
             raise UserError(f"checkpoint folder {self.folder} cannot be written ({error.strerror}); "
                             f"choose another with log.results_dir") from error
         if self.keep_last:
-            there = len([path for path in _steps_in(self.folder) if _manifest_path(path).is_file()])
+            there = len([path for path in _steps_in(self.folder) if manifest_path(path).is_file()])
             num_coming = min(num_coming, max(1, self.keep_last + 1 - there))
         free = shutil.disk_usage(self.folder).free
         if free < num_coming * num_bytes:
@@ -274,7 +101,7 @@ class CheckpointWriter:
     def newest(self):
         """Path of the newest finished checkpoint, or None."""
         self.wait()
-        return next((path for path in reversed(_steps_in(self.folder)) if _manifest_path(path).is_file()), None)
+        return next((path for path in reversed(_steps_in(self.folder)) if manifest_path(path).is_file()), None)
 
     def _copy_to_host(self, state):
         """The same containers with every tensor copied into a host buffer that is reused by the next save."""
@@ -304,7 +131,7 @@ class CheckpointWriter:
             self.failed = False
             self._delete_old(step)
         except Exception as error:  # nobody above a thread would say it
-            reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else _first_line(error)
+            reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else first_line(error)
             what = f"{path} was not written" if self.failed else f"checkpoints older than {path} were not deleted"
             say(f"WARNING: {what}: {reason}; the earlier checkpoints in {self.folder} are whole")
 
@@ -322,7 +149,7 @@ class CheckpointWriter:
         for path in paths:
             if path not in kept:
                 path.unlink(missing_ok=True)  # first: without its manifest nobody would delete it any more
-                _manifest_path(path).unlink()
+                manifest_path(path).unlink()
 
 
 def write_checkpoint(path, state):
@@ -337,7 +164,7 @@ def write_checkpoint(path, state):
             except RuntimeError as error:  # PyTorch's writer buries the disk's error under one of its own
                 raise hashing.error or error
             _flush_to_disk(stream)
-        _manifest_path(path).unlink(missing_ok=True)  # rewriting a step: the old manifest must not vouch for the new file
+        manifest_path(path).unlink(missing_ok=True)  # rewriting a step: the old manifest must not vouch for the new file
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except BaseException:
@@ -345,7 +172,7 @@ def write_checkpoint(path, state):
         raise
     manifest = {"file": path.name, "size": path.stat().st_size, "sha256": hashing.digest.hexdigest(),
                 "step": state.get("step"), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_atomically(_manifest_path(path), json.dumps(manifest, indent=1).encode())
+    write_atomically(manifest_path(path), json.dumps(manifest, indent=1).encode())
 
 
 def write_atomically(path, content):

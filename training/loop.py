@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from models import EDMLoss, drop_labels
+from sampling.load import strip_prefixes
+from training.checkpoint import CheckpointWriter
 from utils import distributed
-from training.checkpoint import CheckpointWriter, strip_prefixes
 from utils.cli import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from utils.config import to_dict
 from dataset.stream import BatchStream

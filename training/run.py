@@ -139,7 +139,8 @@ def _train(config, args, open_dataset, make_encode, notice):
 def restore(state, folder, args):
     """Bring `state` to where the run stands: its own newest checkpoint, else --ckpt_path, else fresh weights."""
     from utils import distributed
-    from training.checkpoint import find_latest, load_checkpoint
+    from sampling.load import load_checkpoint
+    from training.checkpoint import find_latest
     from utils.logging import say
 
     latest = distributed.broadcast_object(find_latest(folder / "checkpoints") if distributed.is_main() else None)
@@ -163,7 +164,7 @@ def start_from(state, checkpoint, path, strict, skip_mismatched=False):
     strict: take the optimizer state too. skip_mismatched: tensors of another shape keep their fresh values.
     Raises ValueError listing, by name, what is missing, unknown or of another shape.
     """
-    from training.checkpoint import load_weights_into, steps_done, weights_of
+    from sampling.load import load_weights_into, steps_done, weights_of
 
     for net, which in ((state.net, "model"), (state.ema.net, "ema")):
         load_weights_into(net, weights_of(checkpoint, which, path), path, skip_mismatched)
