@@ -310,7 +310,7 @@ OUTPUTS = {"png": PngOutput, "npz": ArrayOutput, "latents": LatentOutput, "none"
 
 def draw_first_grid(path, batch, by_class, class_names):
     """The first batch as one picture: a labelled row per class if classes were asked for (up to 16), else as it comes."""
-    from sampling.sample import draw_class_rows, grid_scale, latents_to_uint8
+    from sampling.sample import draw_class_rows, latents_to_uint8
     from utils.images import save_grid
 
     images = batch.images if batch.images is not None else latents_to_uint8(batch.latents)
@@ -318,7 +318,7 @@ def draw_first_grid(path, batch, by_class, class_names):
     if by_class and len(set(labels)) <= 16:
         draw_class_rows(path, images, labels, class_names)
     else:
-        save_grid(path, images[:64], scale=grid_scale(images))
+        save_grid(path, images[:64])
 
 
 def report_numbers(result, settings, outdir):

@@ -30,7 +30,7 @@ def save_neighbours(path, samples, sample_pool, reference, num_samples=8, num_ne
     images = [np.concatenate([samples.read(np.array([row])), reference.images.read(reference.positions[near])])
               for row, near in zip(rows, indices)]
     save_grid(path, np.concatenate(images), labels=[f"{ratio:.2f}" for ratio in ratios], columns=1 + indices.shape[1],
-              column_labels=["sample"] + ["real"] * indices.shape[1], scale=max(1, 96 // images[0].shape[1]),
+              column_labels=["sample"] + ["real"] * indices.shape[1],
               title="Nearest real images (0 = copied, about 1 = as new as real images)")
 
 

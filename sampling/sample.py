@@ -151,7 +151,7 @@ def draw_grid(net, decode, config, device, path, class_names=None):
     latents = [sample_latents(net, batch, config.sample, device, class_idx)[0]
                for batch in _split(list(range(rows * columns)), config.sample.batchsize)]
     images = np.concatenate([decode(part) for part in latents])
-    return save_grid(path, images, labels=labels, columns=columns, scale=grid_scale(images))
+    return save_grid(path, images, labels=labels, columns=columns)
 
 
 def draw_class_rows(path, images, class_labels, class_names=None, columns=8):
@@ -162,7 +162,7 @@ def draw_class_rows(path, images, class_labels, class_names=None, columns=8):
         chosen = images[[label == index for label in class_labels]][:columns]
         row[:len(chosen)] = chosen
     save_grid(path, rows.reshape(-1, *images.shape[1:]), labels=[name_of_class(index, class_names) for index in classes],
-              columns=columns, scale=grid_scale(images))
+              columns=columns)
 
 
 def grid_scale(images):

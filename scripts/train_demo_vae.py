@@ -160,8 +160,7 @@ def save_preview(path, images, reconstructions):
     import torch
     from utils.images import save_grid, to_uint8
 
-    save_grid(path, to_uint8(torch.cat([images, reconstructions])), labels=["test image", "rebuilt"],
-              columns=len(images), scale=2)
+    save_grid(path, to_uint8(torch.cat([images, reconstructions])), labels=["test image", "rebuilt"], columns=len(images))
 
 
 def main():
