@@ -94,12 +94,11 @@ def sample(args, overrides, seeds):
     from sampling.load import prepare_network
     from sampling.sample import generate, image_decoder
     from utils.logging import Progress, say
-    from utils.precision import keep_freed_memory, setup_backends, use_compile
+    from utils.precision import setup_backends, use_compile
 
     device = distributed.device()
     net, config, class_names = load_net(args, overrides, device)
-    setup_backends(tf32=False, deterministic=True, compiled=use_compile("sample.compile", config.sample.compile, device))
-    keep_freed_memory(device)
+    setup_backends(tf32=False, deterministic=True, compiled=use_compile(config.sample.compile, device))
     class_idx = resolve_classes(args.class_idx, net.num_classes, class_names)
     decode = image_decoder(config.vae, net.in_channels, device) if args.format != "latents" or args.ref_path else None
     evaluator = make_evaluator(config, len(seeds)) if args.ref_path else None

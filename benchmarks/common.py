@@ -23,18 +23,16 @@ def add_common_arguments(parser, rounds):
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
 
 
-def start(args, tf32=True, deterministic=False, keep_memory=False):
+def start(args, tf32=True, deterministic=False):
     """The device to measure on, after the process-wide switches are set, for the plain path too: see utils/precision.py."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, tells whenever it starts and stops
     import torch
 
     from utils import distributed
-    from utils.precision import keep_freed_memory, setup_backends
+    from utils.precision import setup_backends
 
     torch.set_num_threads(args.threads)
     setup_backends(tf32, deterministic, compiled=deterministic)
-    if keep_memory:
-        keep_freed_memory(distributed.device())
     return distributed.device()
 
 

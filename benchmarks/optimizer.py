@@ -53,7 +53,7 @@ def main():
     from utils.config import load_config
 
     args = parse_arguments()
-    device = start(args, keep_memory=True)  # as training does
+    device = start(args)
     arms, weights = make_arms(load_config(overrides=[f"model.model_type={args.model}", *args.set]), device)
     measured = alternate(arms, args, device)
     seconds = {name: spread(entry["seconds"]) for name, entry in measured.items()}

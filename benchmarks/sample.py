@@ -123,7 +123,7 @@ def measure_case(args, size, amp, steps, cfg_scale, batch, device):
 
 def main():
     args = parse_arguments()
-    device = start(args, tf32=False, keep_memory=True)  # as generate.py does, but for its deterministic kernels
+    device = start(args, tf32=False)  # as generate.py does, but for its deterministic kernels
     rows = []
     for case in itertools.product(args.sizes, args.amp, args.num_steps, args.cfg_scale, args.batchsize):
         found = measure_case(args, *case, device)

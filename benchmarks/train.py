@@ -35,7 +35,6 @@ def parse_arguments(argv=None):
     parser.add_argument("--arms", nargs="+", default=["plain", "ours", "compiled"], choices=ARMS)
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing in all arms but plain")
     parser.add_argument("--deterministic", action="store_true", help="only deterministic kernels, the default of training")
-    parser.add_argument("--no_keep_memory", action="store_true", help="without the speed-up keep_memory, which the arms of a process share")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="other settings of the config, as model.depth=2")
     add_common_arguments(parser, rounds=5)
     return parser.parse_args(argv)
@@ -71,8 +70,8 @@ def make_arm(config, arm, device):
     if arm == "plain":
         training = PlainTraining(net, train, device)
         return lambda: training.step(sample_moments(moments, generator), labels, generator)
-    if use_compile("train.compile", train.compile, device):
-        net.compile_blocks(**compile_options(train, net.num_tokens))
+    if use_compile(train.compile, device):
+        net.compile_blocks(**compile_options(train))
     state = TrainState(net, config, device)
     loss = make_loss(train, net)
     return lambda: train_step(state, net, loss, moments, labels, sample_moments, generator)
@@ -110,7 +109,7 @@ def measure_case(args, size, ratio, amp, batch, device):
 
 def main():
     args = parse_arguments()
-    device = start(args, deterministic=args.deterministic, keep_memory=not args.no_keep_memory)
+    device = start(args, deterministic=args.deterministic)
     rows = []
     for case in itertools.product(args.sizes, args.mask_ratio, args.amp, args.batchsize):
         found = measure_case(args, *case, device)

@@ -311,7 +311,6 @@ def main(argv=None):
     from benchmarks.common import make_clock, start, write_json
     from dataset.images import open_image_set
     from utils.logging import say
-    from utils.precision import use_compile
     from utils.cli import StopNotice
 
     out, work = args.out / setting.name, args.work / setting.name
@@ -320,7 +319,6 @@ def main(argv=None):
     first = arm_config(setting, chosen[0][0], chosen[0][1])
     images = open_image_set(find_training_images(args.data), 32)
     device = start(args)
-    use_compile("config.sample.compile", first.sample.compile, device)  # what it lacks is told before any work
     clock = make_clock(device, args.threads)
     data = {"latents": Latents, "pixels": Pixels}[setting.data](images, first, args.work, device)
     scores = Scores(device)

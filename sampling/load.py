@@ -217,5 +217,5 @@ def prepare_network(net, config, device):
     amp = effective_amp(config.amp, device)
     if amp != "no":
         net.cast_layers(DTYPES[amp])
-    if use_compile("sample.compile", config.compile, device):
+    if use_compile(config.compile, device):
         net.compile_blocks()  # for the batch that comes first; for any other (without guidance, the last one) once more, for all sizes

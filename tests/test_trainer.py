@@ -324,8 +324,8 @@ def test_each_switch_turns_its_speed_up_off(monkeypatch):
 def compile_with(monkeypatch):
     """compile_with(backend): train.compile=auto compiles here as it does on a GPU, with another backend than inductor."""
     def choose(backend):
-        monkeypatch.setattr("training.loop.use_compile", lambda key, setting, device: setting is not False)
-        monkeypatch.setattr("training.loop.compile_options", lambda train, num_tokens: {"backend": backend, "dynamic": True})
+        monkeypatch.setattr("training.loop.use_compile", lambda setting, device: setting is not False)
+        monkeypatch.setattr("training.loop.compile_options", lambda train: {"backend": backend, "dynamic": True})
         torch.compiler.reset()
 
     yield choose

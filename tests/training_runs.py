@@ -233,6 +233,7 @@ def _arm(point, count):
     import sampling.sample as generation
     import utils.logging as logging
     import training.loop as trainer
+    from utils.cli import UserError
 
     def die(*_):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -263,7 +264,7 @@ def _arm(point, count):
         raise RuntimeError("a bug on purpose")
 
     def refuse(*_):
-        raise ValueError("bad data on purpose")
+        raise UserError("bad data on purpose")
 
     write = checkpoint._HashingStream, "write"
     places = {"notice in write": (*write, notice), "two notices in write": (*write, two_notices),

@@ -114,7 +114,7 @@ class TrainState:
     @property
     def compiled(self):
         """Whether training starts with compiled blocks."""
-        return use_compile("train.compile", self.config.train.compile, self.device)
+        return use_compile(self.config.train.compile, self.device)
 
     @property
     def nbytes(self):
@@ -215,8 +215,7 @@ class _Run:
         generator = torch.Generator(state.device)
         if state.compiled:
             self._compile(loss)
-        model = distributed.data_parallel(state.net, static_graph=train.grad_accum == 1 and train.uses("static_graph"),
-                                          bucket_views=train.uses("bucket_views"))
+        model = distributed.data_parallel(state.net, static_graph=train.grad_accum == 1)
         if model is not state.net:
             # DDP lays its buckets out anew after the first pass, and the sums of three or more processes depend on the layout
             _rehearse(state, model, loss)
@@ -240,7 +239,7 @@ class _Run:
     def _compile(self, loss):
         """Compile the blocks, which happens when they first run; with train.compile=auto do without where the compiler fails."""
         state, failure = self.state, None
-        state.net.compile_blocks(**compile_options(state.config.train, state.net.num_tokens))
+        state.net.compile_blocks(**compile_options(state.config.train))
         try:
             _rehearse(state, state.net, loss)
         except torch.OutOfMemoryError:

@@ -82,13 +82,11 @@ def train(config, args, open_dataset, make_encode):
 
     with StopNotice() as notice:  # before the slow imports: who is asked to stop meanwhile stops before the first step
         from utils import distributed
-        from utils.precision import keep_freed_memory, setup_backends, use_compile
+        from utils.precision import setup_backends, use_compile
 
         distributed.init(config.train.timeout_s)
         device = distributed.device()
-        setup_backends(config.train.tf32, config.train.deterministic, use_compile("train.compile", config.train.compile, device))
-        if config.train.uses("keep_memory"):
-            keep_freed_memory(device)
+        setup_backends(config.train.tf32, config.train.deterministic, use_compile(config.train.compile, device))
         code = _train(config, args, open_dataset, make_encode, notice)
         distributed.shutdown()
     return code

@@ -147,17 +147,15 @@ def broadcast_module(module):
             dist.broadcast(tensor.detach(), src=0)
 
 
-def data_parallel(net, static_graph=False, bucket_views=True):
+def data_parallel(net, static_graph=False):
     """Wrap `net` in DistributedDataParallel when there are several processes; gradients are then means over them.
 
-    static_graph: every step uses the same parameters in one backward pass, which DDP need not check again.
-    bucket_views: gradients are views of the buckets that are sent, instead of copies of them.
+    static_graph: every step has one backward pass over the same parameters, so that DDP looks for unused ones only once.
     """
     if world_size() == 1:
         return net
     gpu = [local_rank()] if torch.cuda.is_available() else None
-    return torch.nn.parallel.DistributedDataParallel(net, device_ids=gpu, gradient_as_bucket_view=bucket_views,
-                                                     static_graph=static_graph)
+    return torch.nn.parallel.DistributedDataParallel(net, device_ids=gpu, gradient_as_bucket_view=True, static_graph=static_graph)
 
 
 _control = None  # the gloo group of flags and pickled objects; None: the default group
