@@ -48,13 +48,13 @@ def main():
     manifest, tally = extract(images, vae, args.dest, plan, args.skip_bad, args.num_workers)
     bad = [error for errors in distributed.all_gather_object(tally.bad) for error in errors]
     say(tally.summary())
-    for error in bad:
-        say(f"{error.image} cannot be read: {error.reason}")
+    for _, error in bad:
+        say(error)
     if manifest is not None:
         say(f"{args.dest}: complete, {manifest['num_images']:,} images, {len(manifest['skipped'])} left out")
     distributed.shutdown()
     if manifest is None:
-        raise UserError(f"{len(bad)} images of {args.images} cannot be read, the first is {bad[0].image}; replace them or give "
+        raise UserError(f"{len(bad)} images of {args.images} cannot be read, the first is {bad[0][0]}; replace them or give "
                         f"--skip_bad, then run the same command again: finished shards are kept")
 
 
@@ -65,10 +65,10 @@ def prepare(args):
     from models import load_autoencoder
     from utils import distributed
     from dataset.extract import make_plan
-    from dataset.images import open_image_set
+    from dataset.images import open_images
     from utils.precision import setup_backends
 
-    images = open_image_set(args.images, args.resolution, args.xflip)
+    images = open_images(args.images, args.resolution, args.xflip)
     setup_backends(tf32=False, deterministic=True)
     device = distributed.device()
     types = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -10,7 +10,7 @@ from training.run import launch_if_asked, parse_arguments, resolve_config, train
 
 
 def open_dataset(config):
-    from dataset.stream import open_images
+    from dataset.images import open_images
 
     return open_images(config.data.root, config.data.resolution, config.data.xflip, config.model.num_classes)
 

@@ -10,7 +10,7 @@ from training.run import launch_if_asked, parse_arguments, resolve_config, train
 
 
 def open_dataset(config):
-    from dataset.stream import open_latents
+    from dataset.formats import open_latents
 
     dataset = open_latents(config.data.root, config.data.xflip, config.model.num_classes)
     model = config.model

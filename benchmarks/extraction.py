@@ -65,9 +65,9 @@ def encoder_flops():
 
 def decoding_rate(folder):
     """Images decoded and cropped per second of one core."""
-    from dataset.images import open_image_set
+    from dataset.images import open_images
 
-    images = open_image_set(folder, RESOLUTION)
+    images = open_images(folder, RESOLUTION)
     begun = time.process_time()
     images.read(range(len(images)))
     return len(images) / (time.process_time() - begun)
@@ -77,9 +77,9 @@ def threads_against_processes(folder, workers=2, rounds=7):
     """Median images per second of wall time by threads and by processes, which take turns: how much threads block each other."""
     from multiprocessing import get_context
 
-    from dataset.images import open_image_set
+    from dataset.images import open_images
 
-    images = open_image_set(folder, RESOLUTION)
+    images = open_images(folder, RESOLUTION)
     parts = [range(begin, begin + 8) for begin in range(0, len(images) - 7, 8)]
     rates = {"threads": [], "processes": []}
     with ThreadPoolExecutor(workers) as threads, ProcessPoolExecutor(workers, get_context("fork")) as processes:
@@ -117,10 +117,10 @@ def profile(folder, dest, count):
 
     from utils import distributed
     from dataset.extract import extract, make_plan
-    from dataset.images import open_image_set
+    from dataset.images import open_images
 
     cuda = distributed.device().type == "cuda"
-    images, vae = open_image_set(folder, RESOLUTION), sd_shaped_vae()
+    images, vae = open_images(folder, RESOLUTION), sd_shaped_vae()
     plan = make_plan(images, vae, "random", "bfloat16" if cuda else "float32", 0, count, 64 if cuda else 4, "float16", 4096)
     vae = vae.to(distributed.device(), torch.bfloat16 if cuda else torch.float32).to(memory_format=torch.channels_last)
     begun = time.perf_counter()

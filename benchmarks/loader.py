@@ -96,7 +96,8 @@ def _order(samples):
 def ours_in_process(path, samples):
     import torch
 
-    from dataset.stream import open_latents, stream_indices
+    from dataset.formats import open_latents
+    from dataset.stream import stream_indices
 
     dataset = open_latents(path)
     for start in range(0, samples - BATCH + 1, BATCH):
@@ -104,7 +105,8 @@ def ours_in_process(path, samples):
 
 
 def ours_thread(path, samples):
-    from dataset.stream import BatchStream, open_latents
+    from dataset.formats import open_latents
+    from dataset.stream import BatchStream
 
     with BatchStream(open_latents(path), BATCH, seed=0, num_workers=1) as stream:
         for _ in range(samples // BATCH):
@@ -114,7 +116,7 @@ def ours_thread(path, samples):
 def ours_worker_process(path, samples):
     from torch.utils.data import DataLoader
 
-    from dataset.stream import open_latents
+    from dataset.formats import open_latents
 
     order = _order(samples)
     batches = [order[start:start + BATCH] for start in range(0, samples - BATCH + 1, BATCH)]

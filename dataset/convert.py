@@ -49,7 +49,7 @@ def _chunks(numbers, size):
 
 def main():
     args = parse_arguments()
-    from dataset.stream import open_latents
+    from dataset.formats import open_latents
     from dataset.store import LatentWriter
     from utils.logging import Progress
 

@@ -22,7 +22,7 @@ from utils.logging import Progress, format_seconds, say
 
 
 class Tally:
-    """Where the time of one process went, in seconds by name, and what it met (bad: list of CorruptImage)."""
+    """Where the time of one process went, in seconds by name, and what it met (bad: names and errors of images that cannot be read)."""
 
     def __init__(self):
         self.seconds = {"waiting for images": 0.0, "VAE": 0.0, "waiting for the disk": 0.0}
@@ -139,14 +139,14 @@ def _decode_ahead(images, batches, readers, depth):
 
 
 def _decode(images, indices):
-    """(pixels (n, 3, R, R) uint8, labels (n,), list of CorruptImage) of a batch; bad images are left out."""
+    """(pixels (n, 3, R, R) uint8, labels (n,), [(name, error)] of the images left out)."""
     pixels, labels, bad = [], [], []
     for index in indices:
         try:
             pixels.append(images.image(index))
             labels.append(images.labels[index])
         except CorruptImage as error:
-            bad.append(error)
+            bad.append((images.names[index], str(error)))
     return np.stack(pixels) if pixels else np.empty((0, *images.sample_shape), np.uint8), labels, bad
 
 
@@ -170,7 +170,7 @@ def _encode_shard(decoded, shard, vae, plan, skip_bad, tally, progress):
         return None
     empty = [np.empty((0, *plan.sample_shape), plan.dtype)]
     return (np.concatenate(moments or empty), np.array(labels, np.int64),
-            np.concatenate(mirrored or empty) if plan.mirrored else None, [error.image for error in bad])
+            np.concatenate(mirrored or empty) if plan.mirrored else None, [name for name, _ in bad])
 
 
 def _encode(vae, pixels, dtype):

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.store import MANIFEST, PARTIAL, LatentSet, StoredLatents, check_not_cut
+from dataset.base import LatentSet, check_not_cut
+from dataset.store import MANIFEST, PARTIAL, StoredLatents
 from utils.cli import UserError
 
 MOMENTS_CHANNELS = 8
@@ -34,11 +35,16 @@ CERTAIN_LOGVAR = -30.0
 NPY_MAGIC = b"\x93NUMPY"
 
 
-def open_latent_set(path, xflip=False):
-    """The `LatentSet` at `path`. xflip: count the mirrored copies too, where the set has them.
+def open_latents(path, xflip=False, num_classes=None):
+    """The `LatentSet` at `path`.
 
-    Raises FileNotFoundError, or ValueError if no known format is there or its files are damaged.
+    xflip: count the mirrored copies too, where the set has them. num_classes: what the model expects (None or 0: not checked).
+    Raises UserError if no known format is there or its files are damaged.
     """
+    return _open(path, xflip).expect_classes(num_classes)
+
+
+def _open(path, xflip):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder (stored latents wanted)")
@@ -64,7 +70,7 @@ class FormatSet(LatentSet):
         self.sample_shape = (shape[0] * (2 if self.holds_latents else 1), *shape[1:])
         self.dtype = np.dtype(dtype)
 
-    def _read_moments(self, indices, out):
+    def _read_samples(self, indices, out):
         channels = self.sample_shape[0] // (2 if self.holds_latents else 1)
         out[:, channels:] = CERTAIN_LOGVAR
         wanted = (channels, *self.sample_shape[1:])
@@ -113,7 +119,7 @@ class LMDBLatents(FormatSet):
             raise UserError(f"{self.file}: no key {key}; is this a set of latents, and complete?")
         return value
 
-    def _read_moments(self, indices, out):
+    def _read_samples(self, indices, out):
         wanted = 4 * math.prod(self.sample_shape)
         rows = out.reshape(len(out), math.prod(self.sample_shape))
         if len(indices):

@@ -23,8 +23,7 @@ def read_idx(path):
     """Read one idx file, gzip-compressed or plain.
 
     Returns a writable array with the shape and type the file states, in native byte order.
-    Raises FileNotFoundError if there is no such file, ValueError (naming the file) if it is not idx,
-    is cut short or has bytes left over.
+    Raises UserError (naming the file) if it is not idx, is cut short or has bytes left over.
     Source: the format's description on the MNIST page (LeCun, Cortes, Burges).
     """
     path = Path(path)
@@ -45,24 +44,29 @@ def read_idx(path):
     return array.astype(dtype.newbyteorder("="))
 
 
+def read_idx_set(path):
+    """Images (N, H, W) and labels (N,) of an idx images file, and the class names if it is Fashion-MNIST.
+
+    The labels lie beside it, named `labels-idx1` in place of `images-idx3`, gzip or plain.
+    """
+    path = Path(path)
+    stem = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    labels = read_idx(_gzip_or_plain(path.parent, stem, f"{path.name} needs its labels"))
+    return read_idx(path), labels, FASHION_MNIST_CLASSES if "fashion" in path.resolve().parent.name.lower() else ()
+
+
 def load_fashion_mnist(folder, split):
     """Load one split of Fashion-MNIST (or MNIST), padded with black from 28x28 to 32x32.
 
     folder: holds `train-*` or `t10k-*` idx files under their published names, gzip or plain.
     split: "train" (60,000 images) or "test" (10,000).
-    Returns images (N, 32, 32) uint8 and labels (N,) int64.
-    Raises ValueError for another split or files that do not fit together, FileNotFoundError for a missing file.
+    Returns images (N, 32, 32) uint8 and labels (N,) int64. Raises UserError for missing files or files that do not fit together.
     """
-    if split not in SPLIT_PREFIXES:
-        raise UserError(f"split={split!r} is unknown; wanted one of {', '.join(SPLIT_PREFIXES)}")
-    prefix = SPLIT_PREFIXES[split]
-    images_path = _find(folder, f"{prefix}-images-idx3-ubyte")
-    labels_path = _find(folder, f"{prefix}-labels-idx1-ubyte")
-    images, labels = read_idx(images_path), read_idx(labels_path)
-    if images.shape[1:] != (28, 28) or images.dtype != np.uint8:
-        raise UserError(f"{images_path} holds {images.dtype} of shape {images.shape}, wanted uint8 (N, 28, 28)")
-    if labels.shape != images.shape[:1]:
-        raise UserError(f"{labels_path} holds labels of shape {labels.shape}, wanted {images.shape[:1]} as {images_path}")
+    name = f"{SPLIT_PREFIXES[split]}-images-idx3-ubyte"
+    path = _gzip_or_plain(folder, name, "`python3 download_assets.py --name fashion-mnist` fetches the set")
+    images, labels, _ = read_idx_set(path)
+    if images.shape != (*labels.shape, 28, 28) or images.dtype != np.uint8:
+        raise UserError(f"{path} holds {images.dtype} of shape {images.shape} and labels of shape {labels.shape}, wanted uint8 (N, 28, 28)")
     return np.pad(images, ((0, 0), (2, 2), (2, 2))), labels.astype(np.int64)
 
 
@@ -77,9 +81,8 @@ def _read_bytes(path):
         raise UserError(f"{path} is cut short or damaged gzip ({error}); fetch it again") from error
 
 
-def _find(folder, name):
-    for path in (Path(folder) / f"{name}.gz", Path(folder) / name):
+def _gzip_or_plain(folder, name, remedy):
+    for path in (Path(folder, f"{name}.gz"), Path(folder, name)):
         if path.is_file():
             return path
-    raise UserError(f"neither {name}.gz nor {name} is in {folder}; `python3 download_assets.py --name fashion-mnist` "
-                    f"fetches the set")
+    raise UserError(f"neither {name}.gz nor {name} is in {folder}; {remedy}")

@@ -1,36 +1,78 @@
-"""Raw images in class folders, one folder, a zip, an idx set or an npz, as uint8 squares.
+"""Images in class folders, one folder, a zip, an npz or idx files: one reader for extraction, training and fid.
 
 Order: by name, classes in the order of their sorted folder names. A `dataset.json` beside the images, as EDM's dataset tool
 writes it ({"labels": [[name, class], ...]}), goes before folder names.
 """
 
+import contextlib
 import hashlib
 import io
 import json
 import os
+import struct
 import threading
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from dataset.idx import FASHION_MNIST_CLASSES, read_idx
+from dataset.base import SampleSet, map_npz, open_npz, read_npz
+from dataset.idx import read_idx_set
 from utils.cli import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 
 
 class CorruptImage(UserError):
-    """An image that cannot be decoded; `image` is its name within the set at `path`."""
+    """An image that cannot be decoded."""
 
-    def __init__(self, path, image, reason):
-        super().__init__(f"{path}: {image} cannot be read: {reason}")
-        self.path, self.image, self.reason = path, image, reason
 
-    def __reduce__(self):
-        return CorruptImage, (self.path, self.image, self.reason)
+def read_picture(file, name):
+    """Decode one picture, a path or a binary stream, to (H, W, 3) uint8. name: what messages call it.
+
+    The rotation that EXIF states is applied. Transparent parts are laid on white. Grey becomes three equal channels.
+    Of 16 bits per channel the upper 8 are kept. Float values must lie in 0..1 and become 0..255.
+    Raises CorruptImage.
+    """
+    with _decoder(file, name) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith(("I", "F")):
+            grey = _eight_bits(np.asarray(image), name)
+            return np.stack([grey, grey, grey], axis=2)
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return np.array(image.convert("RGB"))
+
+
+def picture_size(file, name):
+    """(width, height) of a picture as `read_picture` gives it, from its header alone. Raises CorruptImage."""
+    with _decoder(file, name) as image:
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if on_its_side else image.size
+
+
+@contextlib.contextmanager
+def _decoder(file, name):
+    """The picture opened with Pillow. What Pillow raises for damaged files becomes a CorruptImage."""
+    try:
+        with Image.open(file) as image:
+            yield image
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        raise CorruptImage(f"{name} cannot be read: cut short or no image") from None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
+        raise CorruptImage(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _eight_bits(values, name):
+    """Grey values (H, W), 16-bit integers or floats in 0..1, as uint8."""
+    top = 1 if values.dtype.kind == "f" else 65535
+    if not (values.min() >= 0 and values.max() <= top):  # also refuses NaN
+        raise CorruptImage(f"{name} cannot be read: {values.dtype} values from {values.min()} to {values.max()}, wanted 0 to {top}")
+    return (values * 255 + 0.5).astype(np.uint8) if top == 1 else (values >> 8).astype(np.uint8)
 
 
 def centre_crop(image, size):
@@ -48,66 +90,70 @@ def centre_crop(image, size):
     return np.asarray(image)[top:top + size, left:left + size].transpose(2, 0, 1)
 
 
-class ImageSet:
-    """Images of one source as (3, resolution, resolution) uint8; sub-classes fill in `image` and the attributes.
+class ImageSet(SampleSet):
+    """Images of one source; sub-classes fill in `picture` and `size`.
 
-    names: of the images, where they have any. labels: (N,) int64, zeros without classes; num_classes: 0 without classes;
-    class_names: list, maybe empty.
-    mirrored: sample i + num_images is image i mirrored. scale and shift are None: these are not latents.
-    Objects can be pickled and survive a fork; `read` may be called from several threads.
+    resolution: samples are (3, resolution, resolution) uint8, centre-cropped. None: the images are there at their own size,
+        by `picture` alone. names: of the images, where they have any. labels: (N,) int64, zeros without classes.
     """
 
-    scale = shift = None
-    num_classes, class_names, names = 0, (), ()
+    dtype = np.dtype(np.uint8)
+    num_classes = 0
 
-    def __init__(self, path, resolution, labels, xflip=False):
-        if resolution < 1:
+    def __init__(self, path, resolution, labels, xflip=False, names=(), class_names=()):
+        if resolution is not None and resolution < 1:
             raise UserError(f"resolution={resolution} must be at least 1")
         self.path, self.name, self.resolution = Path(path), str(path), resolution
         self.labels, self.num_images, self.mirrored = labels, len(labels), xflip
-        self.sample_shape = (3, resolution, resolution)
+        self.names, self.class_names = names, list(class_names)
+        self.sample_shape = None if resolution is None else (3, resolution, resolution)
         if not self.num_images:
             raise UserError(f"{path}: no images; wanted files ending in {', '.join(SUFFIXES)}")
 
-    def __len__(self):
-        return self.num_images * (2 if self.mirrored else 1)
+    def picture(self, index):
+        """Image `index` at its own size as (H, W, 3) uint8, not mirrored. Raises CorruptImage."""
+        raise NotImplementedError
 
-    def read(self, indices):
-        """Images (n, 3, resolution, resolution) uint8 and labels (n,) int64. Raises CorruptImage naming the file."""
-        indices = np.asarray(indices, np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"{self.name} has samples 0..{len(self) - 1}, wanted {indices.min()}..{indices.max()}")
-        images = np.empty((len(indices), *self.sample_shape), np.uint8)
-        for row, index in zip(images, indices.tolist()):
-            mirrored, index = divmod(index, self.num_images)
-            row[:] = self.image(index)[:, :, ::-1] if mirrored else self.image(index)
-        return images, self.labels[indices % self.num_images]
+    def size(self, index):
+        """(width, height) of image `index`, without decoding it. Raises CorruptImage."""
+        raise NotImplementedError
+
+    def image(self, index):
+        """Image `index` as (3, resolution, resolution) uint8, not mirrored. Raises CorruptImage."""
+        return centre_crop(Image.fromarray(self.picture(index)), self.resolution)
 
     def fingerprint(self):
         """Hexadecimal SHA-256 of what the set lists: names where it has them, and labels."""
         return hashlib.sha256("\n".join(self.names).encode() + self.labels.tobytes()).hexdigest()
 
-    def image(self, index):
-        """Image `index` as (3, resolution, resolution) uint8, not mirrored. Raises CorruptImage."""
-        raise NotImplementedError
+    def _read_samples(self, indices, out):
+        for row, index in zip(out, indices.tolist()):
+            mirrored, index = divmod(index, self.num_images)
+            row[:] = self.image(index)[:, :, ::-1] if mirrored else self.image(index)
+
+    def _read_labels(self, image_indices):
+        return self.labels[image_indices]
 
 
 class ImageFiles(ImageSet):
-    """Encoded images (JPEG, PNG, ...) by their names below a folder; `_open` gives the bytes."""
+    """Encoded images (JPEG, PNG, ...) by their names below a folder or in a zip; `_open` gives the file.
+
+    Without a resolution folders may lie any deep and say nothing about classes: such images are there to be measured.
+    """
 
     def __init__(self, path, names, dataset_json, resolution, xflip=False):
-        self.names = sorted(name for name in names if _is_image(PurePosixPath(name)))
-        labels, self.num_classes, self.class_names = _labels_of(path, self.names, dataset_json)
-        super().__init__(path, resolution, labels, xflip)
+        names = sorted(name for name in names if _is_image(PurePosixPath(name)))
+        labels, num_classes, class_names = np.zeros(len(names), np.int64), 0, []
+        if resolution is not None:
+            labels, num_classes, class_names = _labels_of(path, names, dataset_json)
+        super().__init__(path, resolution, labels, xflip, names, class_names)
+        self.num_classes = num_classes
 
-    def image(self, index):
-        name = self.names[index]
-        try:
-            with Image.open(self._open(name)) as image:
-                return centre_crop(image.convert("RGB"), self.resolution)
-        except (OSError, ValueError, SyntaxError, EOFError, zipfile.BadZipFile, zlib.error,
-                Image.DecompressionBombError) as error:  # what Pillow's decoders raise for damaged files
-            raise CorruptImage(self.path, name, str(error) or type(error).__name__) from error
+    def picture(self, index):
+        return read_picture(self._open(self.names[index]), f"{self.path}: {self.names[index]}")
+
+    def size(self, index):
+        return picture_size(self._open(self.names[index]), f"{self.path}: {self.names[index]}")
 
     def _open(self, name):
         raise NotImplementedError
@@ -128,14 +174,12 @@ class ZipImages(ImageFiles):
     """The same layouts inside a zip file."""
 
     def __init__(self, path, resolution, xflip=False):
-        self._opened = (None, None)
-        self._lock = threading.Lock()
+        self.path, self._opened, self._lock = Path(path), (None, None), threading.Lock()
         try:
-            with zipfile.ZipFile(path) as archive:
-                names = archive.namelist()
-                dataset_json = archive.read("dataset.json") if "dataset.json" in names else None
-        except zipfile.BadZipFile as error:
+            names = self._archive().namelist()
+        except (zipfile.BadZipFile, OSError) as error:
             raise UserError(f"{path} is cut short or not a zip ({error}); fetch it again") from error
+        dataset_json = self._open("dataset.json").read() if "dataset.json" in names else None
         super().__init__(path, names, dataset_json, resolution, xflip)
 
     def __getstate__(self):
@@ -145,7 +189,11 @@ class ZipImages(ImageFiles):
         self.__dict__.update(state, _lock=threading.Lock())
 
     def _open(self, name):
-        return io.BytesIO(self._archive().read(name))
+        try:
+            return io.BytesIO(self._archive().read(name))
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
+            # RuntimeError: encrypted. NotImplementedError: a compression that Python lacks.
+            raise CorruptImage(f"{self.path}: {name} cannot be read: {error or 'damaged in the zip'}") from error
 
     def _archive(self):
         """This process's own handle: a forked child must not share the parent's file position."""
@@ -170,18 +218,22 @@ class ArrayImages(ImageSet):
         if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu"):
             raise UserError(f"{path}: labels are {labels.dtype} of shape {labels.shape}, wanted integers {array.shape[:1]}")
         wanted = np.zeros(len(array), np.int64) if labels is None else labels.astype(np.int64)
-        super().__init__(path, resolution, wanted, xflip)
+        super().__init__(path, resolution, wanted, xflip, class_names=class_names)
         self.array, self.pad = array, pad
         self.num_classes = 0 if labels is None else max(int(labels.max()) + 1, len(class_names))
-        self.class_names = list(class_names)
+
+    def picture(self, index):
+        image = np.asarray(self.array[index])
+        return np.ascontiguousarray(np.broadcast_to(image.reshape(*image.shape[:2], -1), (*image.shape[:2], 3)))
+
+    def size(self, index):
+        return self.array.shape[2], self.array.shape[1]
 
     def image(self, index):
-        image = self.array[index]
-        image = np.broadcast_to(image.reshape(*image.shape[:2], -1), (*image.shape[:2], 3))
-        height, width = image.shape[:2]
+        height, width = self.array.shape[1:3]
         if self.pad and max(height, width) <= self.resolution < 2 * min(height, width):
-            return _padded(image, self.resolution)
-        return centre_crop(Image.fromarray(np.ascontiguousarray(image)), self.resolution)
+            return _padded(self.picture(index), self.resolution)
+        return super().image(index)
 
 
 def _padded(image, size):
@@ -192,17 +244,25 @@ def _padded(image, size):
     return square
 
 
-def open_image_set(path, resolution, xflip=False):
+def open_images(path, resolution=None, xflip=False, num_classes=None):
     """The `ImageSet` at `path`: a folder, a .zip, a .npz, an idx images file, or a folder with one such file.
 
-    Raises FileNotFoundError, or ValueError if there are no images or they do not fit together.
+    resolution: pixels of a side after the centre crop; None gives images at their own size, without labels where they are files.
+    xflip: sample i + N is image i mirrored. num_classes: what the model expects (None or 0: not checked).
+    Raises UserError if there are no images or they do not fit together.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder (images wanted)")
+    return _open_source(path, resolution, xflip).expect_classes(num_classes)
+
+
+def _open_source(path, resolution, xflip):
     if path.is_dir():
-        idx_file = _idx_in(path)
-        return _open_idx(idx_file, resolution, xflip) if idx_file else FolderImages(path, resolution, xflip)
+        idx_files = sorted(path.glob("*idx3-ubyte*"))
+        if len(idx_files) > 1:
+            raise UserError(f"{path} holds several idx sets ({', '.join(file.name for file in idx_files)}); name one of the files")
+        return _open_idx(idx_files[0], resolution, xflip) if idx_files else FolderImages(path, resolution, xflip)
     if path.suffix == ".zip":
         return ZipImages(path, resolution, xflip)
     if path.suffix == ".npz":
@@ -212,34 +272,17 @@ def open_image_set(path, resolution, xflip=False):
     raise UserError(f"{path}: wanted a folder of images, a .zip, a .npz with arr_0, or an idx3-ubyte file")
 
 
-def _idx_in(folder):
-    files = sorted(folder.glob("*idx3-ubyte*"))
-    if len(files) > 1:
-        raise UserError(f"{folder} holds several idx sets ({', '.join(file.name for file in files)}); name one of the files")
-    return files[0] if files else None
-
-
 def _open_idx(path, resolution, xflip):
-    """An idx images file; its labels lie beside it, named `labels-idx1` in place of `images-idx3`, gzip or plain."""
-    stem = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    labels_path = next((path.with_name(name) for name in (f"{stem}.gz", stem) if path.with_name(name).is_file()), None)
-    if labels_path is None:
-        raise UserError(f"neither {stem}.gz nor {stem} is in {path.parent}; {path.name} needs its labels")
-    class_names = FASHION_MNIST_CLASSES if "fashion" in path.resolve().parent.name.lower() else ()
-    return ArrayImages(path, read_idx(path), read_idx(labels_path), resolution, xflip, pad=True, class_names=class_names)
+    images, labels, class_names = read_idx_set(path)
+    return ArrayImages(path, images, labels, resolution, xflip, pad=True, class_names=class_names)
 
 
 def _open_npz(path, resolution, xflip):
-    """arr_0: images; labels, if any, under `labels`, `label` or `arr_1`."""
-    try:
-        with np.load(path, allow_pickle=False) as members:
-            arrays = {key: members[key] for key in ("arr_0", "labels", "label", "arr_1") if key in members.files}
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{path} is cut short or not an npz of numbers ({error})") from error
-    if "arr_0" not in arrays:
-        raise UserError(f"{path}: no images under arr_0")
-    images = arrays.pop("arr_0")
-    return ArrayImages(path, images, next(iter(arrays.values()), None), resolution, xflip)
+    """arr_0: images, mapped into memory where they are stored plainly. Labels, if any: `labels`, `label` or `arr_1`."""
+    with open_npz(path) as file:
+        images = map_npz(path, file, "arr_0")
+        key = next((key for key in ("labels", "label", "arr_1") if key in file), None)
+        return ArrayImages(path, images, None if key is None else read_npz(path, file, key), resolution, xflip)
 
 
 def _is_image(name):
@@ -247,14 +290,21 @@ def _is_image(name):
     return name.suffix.lower() in SUFFIXES and not hidden
 
 
-def _walk(root, below=""):
-    """Names of all files below `root`, with forward slashes."""
-    with os.scandir(Path(root, below)) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(root, f"{below}{entry.name}/")
-            else:
-                yield f"{below}{entry.name}"
+def _walk(root, below="", above=()):
+    """Names of all files below `root`, with forward slashes; links are followed. above: the folders around, to see a loop."""
+    folder = os.path.realpath(Path(root, below))
+    if folder in above:
+        raise UserError(f"{root}: {below} is a link to a folder that it lies in; remove it")
+    try:
+        with os.scandir(folder) as entries:
+            found = sorted((entry.name, entry.is_dir()) for entry in entries)
+    except OSError as error:
+        raise UserError(f"{error.filename or folder} cannot be read ({error.strerror}); remove or mend it") from error
+    for name, is_folder in found:
+        if is_folder:
+            yield from _walk(root, f"{below}{name}/", (*above, folder))
+        else:
+            yield f"{below}{name}"
 
 
 def _labels_of(path, names, dataset_json):

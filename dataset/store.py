@@ -21,65 +21,13 @@ from pathlib import Path
 
 import numpy as np
 
+from dataset.base import LatentSet, check_not_cut
 from utils.cli import UserError, run
 
 FORMAT, VERSION = "maskdit-latents", 1
 MANIFEST, PARTIAL, PLAN = "manifest.json", ".partial", "plan.json"
 DTYPES = ("float16", "float32")
 SHARD_SIZE = 4096  # samples: 64 MiB of float16 moments at 256 px, and the most that an interruption costs
-
-
-class LatentSet:
-    """What every set of stored latents offers, whatever its format; sub-classes fill in `_read_moments` and `_read_labels`.
-
-    name: the path, for messages. num_images: images without their mirrored copies.
-    sample_shape: (2C, H, W) moments, mean then log-variance. dtype: of the moments as stored.
-    num_classes: 0 for a set without labels, None where the format does not say; class_names: list, maybe empty.
-    scale, shift: latents = scale * (z - shift). vae: a name, maybe empty. mirrored: sample i + num_images is image i mirrored.
-
-    Objects can be pickled and survive a fork: files are opened at the first read in each process.
-    """
-
-    name = ""
-    num_images = 0
-    sample_shape = ()
-    dtype = np.dtype(np.float32)
-    num_classes = None
-    class_names = ()
-    scale, shift, vae = 0.18215, 0.0, ""
-    mirrored = False
-
-    def __len__(self):
-        return self.num_images * (2 if self.mirrored else 1)
-
-    def read(self, indices):
-        """Moments (n, 2C, H, W) as stored and labels (n,) int64 of the samples `indices`.
-
-        Raises IndexError for an index outside the set, ValueError (file, key, found, wanted) for damaged data.
-        """
-        indices = np.asarray(indices, np.int64)
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
-            raise IndexError(f"{self.name} has samples 0..{len(self) - 1}, wanted {indices.min()}..{indices.max()}")
-        moments = np.empty((len(indices), *self.sample_shape), self.dtype)
-        self._read_moments(indices, moments)
-        return moments, self.read_labels(indices)
-
-    def read_labels(self, indices):
-        """Labels (n,) int64 alone; a class index outside 0..num_classes-1 is a ValueError."""
-        labels = self._read_labels(np.asarray(indices, np.int64) % self.num_images)
-        if self.num_classes is not None and len(labels):
-            top = max(self.num_classes - 1, 0)
-            if not 0 <= labels.min() <= labels.max() <= top:
-                wrong = int(np.flatnonzero((labels < 0) | (labels > top))[0])
-                raise UserError(f"{self.name}: sample {int(indices[wrong])} has label {int(labels[wrong])}, "
-                                f"wanted 0..{top}; is the number of classes right?")
-        return labels
-
-    def _read_moments(self, indices, out):
-        raise NotImplementedError
-
-    def _read_labels(self, image_indices):
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -255,7 +203,7 @@ class StoredLatents(LatentSet):
                 raise UserError(f"{file}: {'missing' if found is None else f'{found} bytes'}, "
                                 f"the manifest wants {entry['bytes']} bytes; restore the file or make the set again")
 
-    def _read_moments(self, indices, out):
+    def _read_samples(self, indices, out):
         images = indices % self.num_images
         shards = np.searchsorted(self._ends, images, side="right")
         places = (images - self._starts[shards]).tolist()
@@ -287,20 +235,6 @@ class StoredLatents(LatentSet):
             self._labels = np.concatenate([_mapped(self.path / f"labels-{i:05d}.npy", (shard["count"],), np.dtype(np.int64))
                                            for i, shard in shards])
         return self._labels[image_indices]
-
-
-def check_not_cut(file, wanted, sample):
-    """Raise ValueError or OSError, naming file and sample, if a mapped file has fewer than `wanted` bytes by now, or is gone.
-
-    Touching a mapped page beyond the end of a file kills the process (SIGBUS), so this looks before a read.
-    """
-    try:
-        found = os.stat(file).st_size
-    except OSError as error:
-        raise UserError(f"{file}: sample {sample} cannot be read ({error.strerror}); is the disk still there?") from error
-    if found < wanted:
-        raise UserError(f"{file}: sample {sample} cannot be read, the file was cut to {found} bytes since it was opened, "
-                        f"it should have {wanted}; restore it or make the set again")
 
 
 def read_manifest(path):

@@ -11,37 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from dataset.images import open_image_set
-from dataset.formats import open_latent_set
 from utils.cli import UserError
-
-
-def open_latents(path, xflip=False, num_classes=None):
-    """Open stored latents of any known format (told by looking at `path`); see `LatentSet` for what comes back.
-
-    xflip: count the stored encodings of the mirrored images too, where there are any (`.mirrored` says so).
-    num_classes: what the model expects; checked against the set, and against every label that is read (None, or 0 for a model
-        without classes: not checked).
-    Raises FileNotFoundError or ValueError naming the file, what was found and what is wanted.
-    """
-    return _expect_classes(open_latent_set(path, xflip), num_classes)
-
-
-def open_images(path, resolution, xflip=False, num_classes=None):
-    """Open raw images (class folders, flat folder, zip, idx or npz), centre-cropped to `resolution` pixels; see `ImageSet`.
-
-    Samples are (3, resolution, resolution) uint8. xflip: sample i + N is image i mirrored. num_classes as for open_latents.
-    """
-    return _expect_classes(open_image_set(path, resolution, xflip), num_classes)
-
-
-def _expect_classes(dataset, num_classes):
-    if num_classes:
-        if dataset.num_classes not in (None, num_classes):
-            raise UserError(f"{dataset.name} has {dataset.num_classes} classes, wanted {num_classes}; "
-                            f"set model.num_classes={dataset.num_classes}")
-        dataset.num_classes = num_classes
-    return dataset
 
 
 @functools.lru_cache(maxsize=2)  # a batch reaches into two epochs at most, unless the set is tiny

@@ -55,7 +55,7 @@ class Latents:
 
     def __init__(self, images, config, work, device):
         from models import load_autoencoder
-        from dataset.stream import open_latents
+        from dataset.formats import open_latents
         from dataset.extract import extract, make_plan
         from sampling.sample import image_decoder
 
@@ -309,7 +309,7 @@ def main(argv=None):
     args = parse_arguments(argv)
     setting = load_setting(args.setting, args.set)
     from benchmarks.common import make_clock, start, write_json
-    from dataset.images import open_image_set
+    from dataset.images import open_images
     from utils.logging import say
     from utils.cli import StopNotice
 
@@ -317,7 +317,7 @@ def main(argv=None):
     chosen = [(arm, seed) for seed in args.seeds or setting.seeds for arm in args.arms or setting.arms
               if args.seeds or seed in setting.arms.get(arm, {}).get("seeds", setting.seeds)]
     first = arm_config(setting, chosen[0][0], chosen[0][1])
-    images = open_image_set(find_training_images(args.data), 32)
+    images = open_images(find_training_images(args.data), 32)
     device = start(args)
     clock = make_clock(device, args.threads)
     data = {"latents": Latents, "pixels": Pixels}[setting.data](images, first, args.work, device)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.stream import BatchStream, open_images, open_latents, stream_indices
+from dataset.formats import open_latents
+from dataset.images import open_images
+from dataset.stream import BatchStream, stream_indices
 from dataset.store import LatentWriter, Plan
 
 FASHION_MNIST = Path(__file__).parents[1] / "assets" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"

@@ -13,7 +13,7 @@ from PIL import Image
 import extract_latent
 from latent_helpers import tree
 from utils import cli
-from dataset.images import open_image_set
+from dataset.images import open_images
 from dataset.store import StoredLatents
 
 ROOT = Path(extract_latent.__file__).parent
@@ -70,7 +70,7 @@ CLOSE = dict(rtol=0, atol=2e-5)
 
 def test_moments_are_the_vaes_of_the_cropped_images(extract, images, vae, tmp_path):
     extract(images, tmp_path / "set", "--store", "fp32", "--xflip")
-    source, latents = open_image_set(images, SIZE), StoredLatents(tmp_path / "set", xflip=True)
+    source, latents = open_images(images, SIZE), StoredLatents(tmp_path / "set", xflip=True)
     moments, labels = latents.read(range(2 * NUM_IMAGES))
     pixels, wanted_labels = source.read(range(NUM_IMAGES))
     assert (len(latents), latents.sample_shape, latents.class_names) == (20, (8, 4, 4), ["a", "b", "c"])
@@ -112,7 +112,7 @@ def test_part_of_a_set_can_be_encoded(extract, vae, tmp_path):
     part = ROOT / "assets" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
     extract(part, tmp_path / "set", "--first", 7, "--num_images", 5, "--resolution", 32)
     latents = StoredLatents(tmp_path / "set")
-    pixels, labels = open_image_set(part, 32).read(range(7, 12))
+    pixels, labels = open_images(part, 32).read(range(7, 12))
     moments, found = latents.read(range(5))
     assert len(latents) == 5 and latents.num_classes == 10 and latents.class_names[5] == "sandal"
     np.testing.assert_array_equal(found, labels)
@@ -161,7 +161,7 @@ def test_changed_images_do_not_mix_with_what_is_there(extract, images, tmp_path)
 @pytest.fixture
 def two_bad(images):
     """Images 1 (in the first shard) and 9 (alone in the last) are damaged."""
-    names = open_image_set(images, SIZE).names
+    names = open_images(images, SIZE).names
     for name in (names[1], names[9]):
         (images / name).write_bytes((images / name).read_bytes()[:60])
     return names[1], names[9]
@@ -194,7 +194,7 @@ def test_skip_bad_leaves_out_only_the_bad(extract, images, two_bad, tmp_path):
     extract(images, tmp_path / "set", "--skip_bad", "--xflip", "--store", "fp32")
     latents = StoredLatents(tmp_path / "set", xflip=True)
     good = [0, 2, 3, 4, 5, 6, 7, 8]
-    source = open_image_set(images, SIZE, xflip=True)
+    source = open_images(images, SIZE, xflip=True)
     assert latents.manifest["skipped"] == list(two_bad) and len(latents) == 16
     np.testing.assert_array_equal(latents.read_labels(range(8)), source.labels[good])
     extract(images, tmp_path / "again", "--skip_bad", "--xflip", "--store", "fp32")

@@ -116,7 +116,7 @@ def _safetensors(folder, moments):
 @pytest.mark.parametrize("make", [_lmdb, _tar, _safetensors])
 @pytest.mark.parametrize("loss", ["cut", "gone"])
 def test_mapped_file_that_goes_bad_is_an_error_and_no_bus_error(tmp_path, make, loss):
-    from dataset.stream import open_latents
+    from dataset.formats import open_latents
     moments = np.random.default_rng(0).standard_normal((400, 8, 8, 8), np.float32)  # 0.8 MB: pages that nobody has touched yet
     file = make(tmp_path, moments)
     data = open_latents(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 
 from latent_helpers import NUM_CLASSES, NUM_IMAGES, SHAPE, random_moments, tree, write_set
 from dataset import convert as convert_latents
-from dataset.formats import open_latent_set
+from dataset.formats import open_latents
 from dataset.store import LatentWriter, StoredLatents
 
 MOMENTS, MIRRORED, LABELS = random_moments()
@@ -125,7 +125,7 @@ def written(request, tmp_path):
 
 def test_samples_equal_what_was_written(written):
     path, moments, labels, mirrored = written
-    latents = open_latent_set(path, xflip=True)
+    latents = open_latents(path, xflip=True)
     assert latents.mirrored == mirrored and latents.sample_shape == SHAPE and latents.dtype == np.float32
     assert len(latents) == len(moments)
     order = np.random.default_rng(1).permutation(len(moments))
@@ -136,20 +136,20 @@ def test_samples_equal_what_was_written(written):
 
 def test_mirrored_copies_are_left_out_unless_asked_for(written):
     path, moments, _, _ = written
-    latents = open_latent_set(path)
+    latents = open_latents(path)
     assert len(latents) == NUM_IMAGES and not latents.mirrored
     np.testing.assert_array_equal(latents.read(range(NUM_IMAGES))[0], moments[:NUM_IMAGES])
 
 
 def test_scale_is_stable_diffusions_unless_the_format_says_otherwise(written):
-    latents = open_latent_set(written[0])
+    latents = open_latents(written[0])
     wanted = (0.25, 0.5) if isinstance(latents, StoredLatents) else (0.18215, 0.0)
     assert (latents.scale, latents.shift) == wanted
 
 
 def test_set_survives_pickling_and_threads(written):
     path, moments, _, _ = written
-    latents = open_latent_set(path, xflip=True)
+    latents = open_latents(path, xflip=True)
     latents.read([0])
     latents = pickle.loads(pickle.dumps(latents))
     with ThreadPoolExecutor(4) as pool:
@@ -163,7 +163,7 @@ def _read_in_child(sets, results):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_open_sets_work_in_children(tmp_path, method):
-    sets = [open_latent_set(write(tmp_path / name)) for name, (write, _, _) in SETS.items()]
+    sets = [open_latents(write(tmp_path / name)) for name, (write, _, _) in SETS.items()]
     in_parent = [latents.read([NUM_IMAGES - 1])[0][0] for latents in sets]  # so the files are open when the child starts
     context = multiprocessing.get_context(method)
     results = context.Queue()
@@ -176,12 +176,12 @@ def test_open_sets_work_in_children(tmp_path, method):
 
 
 def test_two_readers_of_one_set_live_side_by_side(written):
-    first, second = open_latent_set(written[0]), open_latent_set(written[0])
+    first, second = open_latents(written[0]), open_latents(written[0])
     np.testing.assert_array_equal(first.read([3])[0], second.read([3])[0])
 
 
 def test_index_outside_the_set_is_refused(written):
-    latents = open_latent_set(written[0])
+    latents = open_latents(written[0])
     for index in (-1, NUM_IMAGES):
         with pytest.raises(IndexError, match="samples 0..10"):
             latents.read([index])
@@ -196,7 +196,7 @@ def test_latents_become_moments_that_give_them_back(tmp_path, name):
 
     path = {"safetensors": lambda path: write_safetensors(path, LATENTS, LATENTS_FLIP),
             "features": lambda path: write_features(path, LATENTS)}[name](tmp_path / "set")
-    latents = open_latent_set(path)
+    latents = open_latents(path)
     moments, _ = latents.read(range(NUM_IMAGES))
     assert latents.sample_shape == SHAPE
     np.testing.assert_array_equal(moments[:, :4], LATENTS)
@@ -207,8 +207,8 @@ def test_latents_become_moments_that_give_them_back(tmp_path, name):
 
 
 def test_scaled_latents_of_fast_dit_are_not_scaled_again(tmp_path):
-    assert open_latent_set(write_features(tmp_path / "a", LATENTS)).scale == 1.0
-    assert open_latent_set(write_features(tmp_path / "b", MOMENTS)).scale == 0.18215
+    assert open_latents(write_features(tmp_path / "a", LATENTS)).scale == 1.0
+    assert open_latents(write_features(tmp_path / "b", MOMENTS)).scale == 0.18215
 
 
 def test_wider_moments_of_mar_are_moments(tmp_path):
@@ -216,7 +216,7 @@ def test_wider_moments_of_mar_are_moments(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         np.savez(tmp_path / name / "0.npz", moments=wide, moments_flip=wide)
-    latents = open_latent_set(tmp_path)
+    latents = open_latents(tmp_path)
     assert latents.sample_shape == (32, 3, 3) and latents.scale == 0.2325
     assert latents.num_classes == 2 and latents.class_names == ["a", "b"]
     np.testing.assert_array_equal(latents.read([1])[0][0], wide)
@@ -231,7 +231,7 @@ def test_half_precision_and_bfloat16_are_read_exactly(tmp_path):
     for name, tensor in (("half", halves), ("brain", brains)):
         (tmp_path / name).mkdir()
         save_file({"latents": tensor, "labels": torch.from_numpy(LABELS)}, tmp_path / name / "0.safetensors")
-    half, brain = open_latent_set(tmp_path / "half"), open_latent_set(tmp_path / "brain")
+    half, brain = open_latents(tmp_path / "half"), open_latents(tmp_path / "brain")
     assert half.dtype == np.float16 and brain.dtype == np.float32
     np.testing.assert_array_equal(half.read(range(NUM_IMAGES))[0], halves.numpy())
     np.testing.assert_array_equal(brain.read(range(NUM_IMAGES))[0], brains.float().numpy())
@@ -240,7 +240,7 @@ def test_half_precision_and_bfloat16_are_read_exactly(tmp_path):
 def test_raw_half_precision_members_are_told_by_their_size(tmp_path):
     half = MOMENTS[0].astype(np.float16)
     write_tar(tmp_path / "0.tar", [("a.latent", half.tobytes()), ("a.cls", b"7")])
-    latents = open_latent_set(tmp_path / "0.tar")
+    latents = open_latents(tmp_path / "0.tar")
     moments, labels = latents.read([0])
     assert moments.dtype == np.float16 and labels[0] == 7
     np.testing.assert_array_equal(moments[0], half)
@@ -252,7 +252,7 @@ def test_long_member_names_do_not_disturb_their_neighbours(tmp_path, tar_format)
     members = [(f"{long}{i}.{kind}", data) for i in range(3)
                for kind, data in (("npy", npy(MOMENTS[i])), ("cls", str(LABELS[i]).encode()))]
     write_tar(tmp_path / "0.tar", members, format=tar_format)
-    moments, labels = open_latent_set(tmp_path).read([0, 1, 2])
+    moments, labels = open_latents(tmp_path).read([0, 1, 2])
     np.testing.assert_array_equal(moments, MOMENTS[:3])
     np.testing.assert_array_equal(labels, LABELS[:3])
 
@@ -262,7 +262,7 @@ def test_long_member_names_do_not_disturb_their_neighbours(tmp_path, tar_format)
 def damaged(path, message):
     """Opening, or else reading everything, fails with this message."""
     with pytest.raises(ValueError, match=message):
-        latents = open_latent_set(path, xflip=True)
+        latents = open_latents(path, xflip=True)
         latents.read(range(len(latents)))
 
 
@@ -292,7 +292,7 @@ def test_lmdb_faults_name_file_and_key(tmp_path):
     environment.close()
     damaged(path, r"data.mdb: z-5 has 284 bytes, wanted 288 \(float32 \(8, 3, 3\)\)")
     with pytest.raises(ValueError, match="data.mdb: y-6 is b'cat', wanted a whole number"):
-        open_latent_set(path).read([6])
+        open_latents(path).read([6])
 
 
 def test_tar_faults_name_file_and_member(tmp_path):
@@ -313,7 +313,7 @@ def test_tar_faults_name_file_and_member(tmp_path):
         (tmp_path / name).mkdir()
         write_tar(tmp_path / name / "0.tar", members)
         with pytest.raises(ValueError, match=message):
-            open_latent_set(tmp_path / name).read([0])
+            open_latents(tmp_path / name).read([0])
 
 
 @pytest.mark.parametrize("content, message", [(b"", "is empty"), (b"\x1f\x8b" + b"z" * 1000, "not an uncompressed tar")])
@@ -381,21 +381,21 @@ def test_class_folder_faults_name_file_and_key(tmp_path):
 
 def test_nothing_known_at_the_path_says_what_is_wanted(tmp_path):
     with pytest.raises(ValueError, match="nowhere: no such file"):
-        open_latent_set(tmp_path / "nowhere")
+        open_latents(tmp_path / "nowhere")
     (tmp_path / "cat.jpg").write_bytes(b"")
     for path in (tmp_path, tmp_path / "cat.jpg"):
         with pytest.raises(ValueError, match="no stored latents found.*manifest.json, data.mdb, "):
-            open_latent_set(path)
+            open_latents(path)
 
 
 def test_interrupted_extraction_is_not_taken_for_another_format(tmp_path):
     (tmp_path / ".partial").mkdir()
     with pytest.raises(ValueError, match="interrupted"):
-        open_latent_set(tmp_path)
+        open_latents(tmp_path)
 
 
 def test_labels_beyond_the_number_of_classes_are_told(tmp_path):
-    latents = open_latent_set(write_lmdb(tmp_path / "set"))
+    latents = open_latents(write_lmdb(tmp_path / "set"))
     latents.num_classes = 2
     with pytest.raises(ValueError, match="data.mdb: sample 5 has label 2, wanted 0..1"):
         latents.read([1, 5, 2])
@@ -420,7 +420,7 @@ def test_any_format_converts_to_the_same_samples(written, tmp_path, convert, sto
     assert latents.num_classes == NUM_CLASSES and latents.mirrored == mirrored
     np.testing.assert_array_equal(found, moments.astype(dtype))
     np.testing.assert_array_equal(found_labels, labels)
-    assert (latents.scale, latents.shift) == (open_latent_set(path).scale, open_latent_set(path).shift)
+    assert (latents.scale, latents.shift) == (open_latents(path).scale, open_latents(path).shift)
 
 
 def test_interrupted_conversion_goes_on_to_the_same_bytes(tmp_path, convert, monkeypatch):

@@ -52,7 +52,7 @@ def test_every_command_is_among_the_help_arms():
 
 
 def test_written_latents_fit_the_config(tmp_path):
-    from dataset.stream import open_latents
+    from dataset.formats import open_latents
 
     config = load_config(startup.parse_arguments([]).config)
     startup.write_latents(tmp_path / "set", config)

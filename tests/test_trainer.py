@@ -12,7 +12,7 @@ from training_runs import SETTINGS, metrics
 
 from models import EDMLoss, sample_moments
 from utils.config import SpeedUp, load_config
-from dataset.stream import open_latents
+from dataset.formats import open_latents
 from sampling.sample import build_model
 from utils.cli import EXIT_STOPPED, StopNotice
 from training.loop import TrainState, fit, step_seed, train_step
