@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from utils.cli import UserError, run
-from utils.config import from_dict, load_config, to_dict
+from utils.config import from_dict, gone_keys, load_config, to_dict
 
 # Flags that set one key of the config's sample section each.
 SAMPLE_FLAGS = {
@@ -21,7 +21,6 @@ SAMPLE_FLAGS = {
     "solver": "euler | heun", "discretization": "vp | ve | iddpm | edm", "schedule": "vp | ve | linear", "scaling": "vp | none",
     "amp": "precision of the network: no | bf16 | fp16",
 }
-ABLATION_FLAGS = ("solver", "discretization", "schedule", "scaling")
 FORMATS = ("png", "npz", "latents", "none")
 
 
@@ -63,8 +62,6 @@ def parse_seeds(text):
 def flag_overrides(args):
     """The command line's flags as key=value overrides."""
     overrides = [f"sample.{name}={getattr(args, name)}" for name in SAMPLE_FLAGS if getattr(args, name) is not None]
-    if any(getattr(args, name) is not None for name in ABLATION_FLAGS):
-        overrides.append("sample.solver_set=ablation")
     if args.vae:
         overrides.append(f"vae.path={args.vae}")
     if args.ref_path:
@@ -136,12 +133,15 @@ def load_net(args, overrides, device):
     from sampling.load import infer_model_config, load_checkpoint, load_weights_into, weights_of
     from utils.class_names import load_imagenet_class_names
     from sampling.sample import build_model
+    from utils.logging import say
 
     checkpoint = load_checkpoint(args.ckpt_path)
     weights = weights_of(checkpoint, args.which, args.ckpt_path)
     base = None
     if "config" in checkpoint:
-        base = from_dict(checkpoint["config"])
+        base = from_dict(checkpoint["config"], forgive=True)
+        for key in gone_keys(checkpoint["config"]):
+            say(f"{args.ckpt_path}: {key} is a key of an older version and has no effect any more")
     elif not args.config:
         base = dataclasses.replace(load_config(), model=infer_model_config(weights, args.ckpt_path))
     config = load_config(args.config, overrides, base)

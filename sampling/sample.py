@@ -69,9 +69,10 @@ def build_sampler(config):
     churn = {"S_churn": config.S_churn, "S_min": config.S_min, "S_max": config.S_max, "S_noise": config.S_noise}
     sigmas = {key: getattr(config, key) for key in ("sigma_min", "sigma_max") if getattr(config, key) is not None}
     options = {"num_steps": config.num_steps, "rho": config.rho, **sigmas, **churn}
-    if config.solver_set == "edm":
+    choices = {key: getattr(config, key) for key in ("solver", "discretization", "schedule", "scaling") if getattr(config, key) is not None}
+    options |= config.options
+    if (config.sampler or ("ablation" if choices else "edm")) == "edm":
         return lambda *args, **kwargs: edm_sampler(*args, **options, **kwargs)
-    choices = {key: getattr(config, key) for key in ("solver", "discretization", "schedule", "scaling")}
     return lambda *args, **kwargs: ablation_sampler(*args, **options, **choices, **kwargs)
 
 

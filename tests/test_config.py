@@ -2,15 +2,14 @@
 
 import ast
 import dataclasses
-import typing
 from pathlib import Path
 
 import pytest
 
-from utils.config import Config, SpeedUp, from_dict, load_config, to_dict, to_yaml
+from utils.cli import UserError
+from utils.config import KEYS, Config, from_dict, gone_keys, load_config, model_arguments, notes, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS = {section.name: section.type for section in dataclasses.fields(Config)}
 
 
 def write(folder, text):
@@ -28,13 +27,13 @@ def write(folder, text):
     ("zzz=1", "the sections are model, data, vae, train, sample, eval, log"),
 ])
 def test_unknown_key_names_the_nearest(override, nearest):
-    with pytest.raises(ValueError, match="unknown key") as refusal:
+    with pytest.raises(UserError, match="unknown key") as refusal:
         load_config(None, [override])
     assert nearest in str(refusal.value)
 
 
 def test_unknown_key_in_a_file_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="unknown key 'train.batch_size'; did you mean 'train.batchsize'"):
+    with pytest.raises(UserError, match="unknown key 'train.batch_size'; did you mean 'train.batchsize'"):
         load_config(write(tmp_path, "train:\n  batch_size: 4\n"))
 
 
@@ -50,13 +49,23 @@ def test_unknown_key_in_a_file_is_refused(tmp_path):
     ("data.root=[1]", "data.root=[1]: wanted text, got list"),
     ("train.betas=[0.9]", "train.betas=[0.9]: wanted a list of 2 numbers"),
     ("train.betas=0.9", "train.betas=0.9: wanted a list of 2 numbers"),
-    ("train.switch_off=fused_adamw", "train.switch_off='fused_adamw': wanted a list, as in train.switch_off=[embed_kept]"),
-    ("train.switch_off=[fused_adamw,warp]", "train.switch_off='warp': wanted one of embed_kept, shuffled_decoder, product_attention"),
+    ("train.betas=[a,0.9]", "train.betas=['a', 0.9]: wanted a list of 2 numbers"),
+    ("sample.cfg_interval=3", "wanted a list of 2 numbers, as in sample.cfg_interval=[0.9,0.999] or null"),
+    ("model.depth=deep", "model.depth='deep': wanted a whole number or null"),
+    ("sample.solver=rk4", "sample.solver='rk4': wanted one of euler, heun or null"),
+    ("model.options=5", "model.options=5: wanted names and values, as in model.options.size=3"),
+    ("data.scale=big", "data.scale='big': wanted a number, or a list of model.in_channels=4 numbers"),
+    ("data.shift=[1,2,3]", "data.shift=[1, 2, 3]: wanted a number, or a list of model.in_channels=4 numbers"),
+    ("data.scale=[]", "data.scale=[]: wanted a number"),
     ("train=5", "train=5 is a section; set its keys"),
-    ("--lr", "argument '--lr' is not understood"),
+    ("--lr", "argument '--lr' is not understood; overrides look like train.lr=1e-4"),
+    ("train.lr", "argument 'train.lr' is not understood; overrides look like train.lr=1e-4"),
+    ("sample.num_steps=[", "'sample.num_steps=[' cannot be read"),
+    ("data.root=${data.rot}", "data.root: Interpolation key 'data.rot' not found"),
+    (f"train.lr=1{'0' * 400}", "wanted a number, got int"),
 ])
 def test_wrong_types_name_key_value_and_what_is_wanted(override, wanted):
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(UserError) as refusal:
         load_config(None, [override])
     assert wanted in str(refusal.value)
 
@@ -64,25 +73,34 @@ def test_wrong_types_name_key_value_and_what_is_wanted(override, wanted):
 @pytest.mark.parametrize("overrides, wanted", [
     (["train.batchsize=100", "train.grad_accum=8"], "train.batchsize=100 must be divisible by train.grad_accum=8; try 96 or 104"),
     (["train.batchsize=0"], "train.batchsize=0 must be above 0"),
-    (["train.weight_decay=-1"], "train.weight_decay=-1.0 must not be negative"),
+    (["train.weight_decay=-1"], "train.weight_decay=-1.0 must be at least 0"),
+    (["train.lr=nan"], "train.lr=nan must be a finite number"),
+    (["train.lr=inf"], "train.lr=inf must be a finite number"),
+    (["sample.cfg_scale=inf"], "sample.cfg_scale=inf must be a finite number"),
+    (["sample.S_max=nan"], "sample.S_max=nan must be a finite number"),
+    (["data.scale=[1,0,1,1]"], "data.scale=[1, 0, 1, 1] must be above 0"),
+    (["train.betas=[0.9,1]"], "train.betas=(0.9, 1.0) must be at least 0 and below 1"),
+    ([f"train.seed={2**64}"], "train.seed=18446744073709551616 must be at least 0 and below 18446744073709551616"),
+    (["train.seed=-1"], "train.seed=-1 must be at least 0"),
     (["train.mask_ratio=1"], "train.mask_ratio=1.0 must be at least 0 and below 1"),
+    (["model.in_size=31"], "model.in_size=31 must be divisible by the patch size of model.model_type=DiT-XL/2; try 30 or 32"),
+    (["model.width=100", "model.num_heads=3"], "model.width=100 must be divisible by model.num_heads=3; try 99 or 102"),
+    (["model.decoder_num_heads=7"], "model.decoder_width=512 must be divisible by model.decoder_num_heads=7; try 511 or 518"),
+    (["model.options.width=3"], "model.options.width=3 hides a key of its own; set model.width"),
+    (["sample.options.rho=3"], "sample.options.rho=3 hides a key of its own; set sample.rho"),
+    (["sample.sigma_min=3", "sample.sigma_max=2"], "sample.sigma_min=3.0 must be below sample.sigma_max=2.0"),
+    (["sample.S_min=3", "sample.S_max=2"], "sample.S_min=3.0 must not be above sample.S_max=2.0"),
     (["train.mask_ratio=0.2", "train.mask_ratio_min=0.3"], "train.mask_ratio_min=0.3 is above train.mask_ratio=0.2"),
     (["model.use_decoder=false"], "train.mask_ratio=0.5 needs the decoder"),
-    (["train.token_multiple=0"], "train.token_multiple=0 must be above 0"),
-    (["train.cuda_graphs=true"], "set train.compile=true too"),
-    (["train.cuda_graphs=true", "train.compile=false"], "set train.compile=true too"),
-    (["train.cuda_graphs=true", "train.compile=true", "train.mask_ratio_fn=cosine4"], "set train.token_multiple=16"),
-    (["train.cuda_graphs=true", "train.compile=true", "train.grad_accum=2"], "set train.grad_accum=1"),
     (["train.mask_ratio_fn=cos7"], "train.mask_ratio_fn='cos7': wanted one of constant, linear, exp, cosine2"),
     (["train.amp=fp8"], "train.amp='fp8': wanted one of fp16, bf16, no"),
-    (["model.num_classes=0", "sample.cfg_scale=2"], "sample.cfg_scale=2.0 needs classes"),
     (["sample.cfg_interval=[2,1]"], "sample.cfg_interval=[2.0, 1.0]: wanted [sigma_lo, sigma_hi]"),
     (["eval.every=10"], "eval.every=10 needs eval.ref_path"),
     (["log.exp_name=a/b"], "log.exp_name='a/b' is a name, not a path"),
     (["data.resolution=100"], "data.resolution=100 must be a multiple of 8"),
 ])
 def test_impossible_combinations_are_refused(overrides, wanted):
-    with pytest.raises(ValueError) as refusal:
+    with pytest.raises(UserError) as refusal:
         load_config(None, overrides)
     assert wanted in str(refusal.value)
 
@@ -94,29 +112,46 @@ def test_overrides_win_over_the_file_and_the_file_over_the_base(tmp_path):
 
 
 def test_values_are_read_as_meant(tmp_path):
-    config = load_config(write(tmp_path, "train:\n  amp: no\n  lr: 1e-4\n  betas: [0.8, 1]\nmodel:\n  depth: null\nlog:\n  exp_name: 7\n"),
+    config = load_config(write(tmp_path, "train:\n  amp: no\n  lr: 1e-4\n  betas: [0.8, 0]\nmodel:\n  depth: null\nlog:\n  exp_name: 7\n"),
                          ["sample.S_max=inf", "train.warmup_images=5"])
-    assert config.train.amp == "no" and config.train.lr == 1e-4 and config.train.betas == (0.8, 1.0)
+    assert config.train.amp == "no" and config.train.lr == 1e-4 and config.train.betas == (0.8, 0.0)
     assert [load_config(None, [f"train.compile={word}"]).train.compile for word in ("auto", "true", "false", "True")] == ["auto", True, False, True]
     assert load_config().train.compile == "auto" and load_config(write(tmp_path, "train: {compile: off}")).train.compile is False
     assert config.model.depth is None and config.log.exp_name == "7" and config.sample.S_max == float("inf")
 
 
 def test_round_trips(tmp_path):
-    config = load_config(None, ["train.betas=[0.1,0.2]", "sample.cfg_interval=[0.1,2]", "model.depth=3", "data.root=/a b/c"])
+    config = load_config(None, ["train.betas=[0.1,0.2]", "sample.cfg_interval=[0.1,2]", "model.depth=3", "data.root=/a b/c",
+                                "sample.sampler=mine", "sample.options.order=3", "model.options.window=[2,4]", "data.scale=[1,2,3,4]"])
     assert from_dict(to_dict(config)) == config
     assert load_config(write(tmp_path, to_yaml(config))) == config
 
 
-@pytest.mark.parametrize("content, wanted", [("- 1\n", "wanted sections"), ("a: [", "not valid YAML"), ("train: ${nothing}\n", "run.yaml")])
+@pytest.mark.parametrize("content, wanted", [
+    ("- 1\n", "run.yaml: wanted sections"), ("a: [", "run.yaml is not valid YAML"), ("train: ${nothing}\n", "is a section"),
+    ("train: {lr: 1, lr: 2}", "found duplicate key"), (b"\xff\xfe\x00", "run.yaml is not valid YAML: 'utf-8' codec")])
 def test_files_that_are_no_config_are_refused(tmp_path, content, wanted):
-    with pytest.raises(ValueError, match=wanted):
-        load_config(write(tmp_path, content))
+    (tmp_path / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=wanted) as refusal:
+        load_config(tmp_path / "run.yaml")
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_folder_and_a_name_too_long_are_told(tmp_path):
+    with pytest.raises(UserError, match="cannot be read \\(Is a directory\\)"):
+        load_config(tmp_path)
+    with pytest.raises(UserError, match="cannot be read \\(File name too long\\)"):
+        load_config(tmp_path / ("x" * 300))
+
+
+def test_keys_may_refer_to_other_keys(tmp_path):
+    path = write(tmp_path, "data: {root: '${log.results_dir}/latents'}")
+    assert load_config(path, ["log.results_dir=elsewhere"]).data.root == "elsewhere/latents"
 
 
 def test_missing_file_names_one_that_is_there(tmp_path):
     write(tmp_path, "")
-    with pytest.raises(ValueError, match="no such file; there is .*run.yaml"):
+    with pytest.raises(UserError, match="no such file; there is .*run.yaml"):
         load_config(tmp_path / "runn.yaml")
 
 
@@ -126,7 +161,7 @@ def test_shipped_configs_load(path):
 
 
 def test_every_key_is_read_outside_the_schema():
-    """A key is read where an attribute of its name is taken, or named in a function that uses getattr."""
+    """A key is read where an attribute of its name is taken, or named in a function that uses getattr. The model section goes to the network whole."""
     files = [path for folder in ("", "utils", "dataset", "models", "fid", "sampling", "training") for path in (ROOT / folder).glob("*.py") if path.name != "config.py"]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
@@ -134,11 +169,52 @@ def test_every_key_is_read_outside_the_schema():
         inside = list(ast.walk(function)) if isinstance(function, ast.FunctionDef) else []
         if any(isinstance(node, ast.Name) and node.id == "getattr" for node in inside):
             read |= {node.value for node in inside if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    asked = {node.args[0].value for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "uses"}
-    assert asked == set(typing.get_args(SpeedUp))  # TrainConfig.uses(name) is how switch_off is read
-    keys = {f"{name}.{key.name}": key.name for name, section in SECTIONS.items() for key in dataclasses.fields(section)}
-    keys.pop("train.switch_off")
-    assert [full for full, name in keys.items() if name not in read] == []
+    waiting = {"train.loss", "train.switch_off"}  # for the loop that reads the first, and not the second any more
+    assert [name for name, key in KEYS.items() if key.name not in read and not name.startswith("model.") and name not in waiting] == []
+
+
+def test_model_arguments_are_the_model_section_flat():
+    config = load_config(None, ["model.model_type=Toy/2", "model.in_size=7", "model.options.window=4", "train.activation_checkpointing=true"])
+    arguments = model_arguments(config)
+    assert arguments["window"] == 4 and arguments["activation_checkpointing"] is True and arguments["in_size"] == 7
+    assert arguments.keys() == {key.name for key in dataclasses.fields(config.model)} - {"options"} | {"window", "activation_checkpointing"}
+
+
+def old_config(**sample):
+    """As a checkpoint of an older version holds it."""
+    values = to_dict(load_config(None, ["train.lr=3"]))
+    values["train"] |= {"switch_off_once": []}
+    values["sample"] |= {"solver": "heun", "discretization": "edm", "schedule": "linear", "scaling": "none"} | sample
+    return values
+
+
+def test_gone_keys_of_old_checkpoints_are_forgiven_and_named():
+    values = old_config(solver_set="edm")
+    assert gone_keys(values) == ["train.switch_off_once"]
+    config = from_dict(values, forgive=True)
+    assert config == load_config(None, ["train.lr=3"])  # what only the ablation sampler looked at had no effect
+    with pytest.raises(UserError, match="unknown key 'train.switch_off_once'"):
+        from_dict(values)
+
+
+def test_solver_set_of_old_checkpoints_becomes_the_sampler():
+    sample = from_dict(old_config(solver_set="ablation", solver="euler"), forgive=True).sample
+    assert (sample.sampler, sample.solver, sample.scaling) == ("ablation", "euler", "none")
+    with pytest.raises(UserError, match="unknown key 'sample.solver_set'; it is gone: set sample.sampler instead"):
+        load_config(None, ["sample.solver_set=edm"])
+
+
+@pytest.mark.parametrize("overrides, told", [
+    ([], []),
+    (["train.mask_ratio=0.99", "model.in_size=8"], ["train.mask_ratio=0.99 would keep less than one of 16 patches: one is kept"]),
+    (["train.mask_ratio_min=0.1"], ["train.mask_ratio_min=0.1 has no effect, because train.mask_ratio_fn is constant"]),
+    (["model.num_classes=0", "sample.cfg_scale=1.5"], ["sample.cfg_scale=1.5 has no effect: without classes (model.num_classes=0) there is no guidance"]),
+    (["sample.cfg_interval=[0.1,2]"], ["sample.cfg_interval=[0.1, 2.0] has no effect: sample.cfg_scale=1 turns guidance off"]),
+    (["sample.cfg_interval=[0.1,2]", "sample.cfg_scale=2"], []),
+])
+def test_settings_without_effect_are_told(overrides, told):
+    assert notes(load_config(None, overrides), "train", "sample") == told
+    assert notes(load_config(None, overrides)) == []
 
 
 def test_defaults_are_a_valid_config_that_nothing_writes_to():

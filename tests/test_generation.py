@@ -43,7 +43,7 @@ def test_seeds_wrap_at_2_to_the_32():
     assert torch.equal(SeedStreams([5]).randn((3,)), SeedStreams([2**32 + 5]).randn((3,)))
 
 
-@pytest.mark.parametrize("options", [{}, {"S_churn": 5.0}, {"solver_set": "ablation", "solver": "euler", "discretization": "vp"}])
+@pytest.mark.parametrize("options", [{}, {"S_churn": 5.0}, {"sampler": "ablation", "solver": "euler", "discretization": "vp"}])
 def test_image_depends_on_its_seed_alone(net, options):
     """Batch size and company change only the order of float32 sums: 3e-5 here, on latents of standard deviation 2.5."""
     config = dataclasses.replace(FAST, **options)

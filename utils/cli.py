@@ -1,6 +1,8 @@
-"""How every script ends: what a user can cause is one line, what only a bug can cause is a traceback."""
+"""How every script starts and ends: arguments and overrides apart; a user's mistake is one line, a bug a traceback."""
 
+import difflib
 import os
+import re
 import signal
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
 EXIT_USER_ERROR = 2
 EXIT_OTHER_FAILED = 1
+EXIT_BAD = 3  # finished, but the result is bad: most steps failed, or images had NaN
 EXIT_STOPPED = 75  # the run was asked to stop, saved, and can go on: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_NOTICE_S = 3.0  # a launcher passes a Ctrl-C that its workers got too: the echo is not a second signal
@@ -17,6 +20,27 @@ SAME_NOTICE_S = 3.0  # a launcher passes a Ctrl-C that its workers got too: the 
 
 class UserError(ValueError):
     """Something that the user, not a programmer, has to mend; the text says what it was, what is wanted and what to do."""
+
+
+def split_overrides(argv):
+    """Take the key=value overrides of the config, such as train.lr=1e-4, out of a command line: (rest, overrides).
+
+    For argparse, which would take an override after `--class_idx 3` as another class.
+    """
+    overrides = [text for text in argv if re.match(r"\w+(\.\w+)+=", text)]
+    return [text for text in argv if text not in overrides], overrides
+
+
+def parse_with_overrides(parser, argv=None):
+    """(args, overrides) of a command line whose key=value overrides may stand anywhere. A misspelt option is a UserError."""
+    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    args, unknown = parser.parse_known_args(rest)
+    for text in unknown:
+        if text.startswith("-") or "=" not in text:  # else it is an override that lacks its section: the config says so
+            close = difflib.get_close_matches(text.partition("=")[0], re.findall(r"--\w+", parser.format_help()), n=1)
+            hint = f"did you mean {close[0]}?" if close else "see --help"
+            raise UserError(f"argument {text!r} is not understood; {hint} (settings look like train.lr=1e-4)")
+    return args, overrides + unknown
 
 
 def run(main):

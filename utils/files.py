@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 from utils.cli import UserError
@@ -10,17 +11,21 @@ from utils.cli import UserError
 def make_folder(path, option):
     """Make the folder `path` (and its parents) and check that files can be written there; returns it as a Path.
 
-    option: what to name in the message, such as "--outdir". Raises UserError: it is a file, read-only, or its name too long.
+    option: what to name in the message, such as "--outdir". Raises UserError, and leaves no new folder behind, if the path is
+    a file, read-only or too long.
     """
-    path = Path(path)
+    path, made = Path(path), []
     try:
+        made = [folder for folder in (path, *path.parents) if not folder.exists()]
         path.mkdir(parents=True, exist_ok=True)
-        with write_whole(path / f".probe-{os.getpid()}") as probe:
-            probe.write_bytes(b"0")
-        (path / f".probe-{os.getpid()}").unlink()
-    except FileExistsError:
-        raise UserError(f"{option} {path} is a file; give a folder") from None
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"0")
     except OSError as error:
+        for folder in made:
+            with contextlib.suppress(OSError):  # it was not made, or somebody else has put something there
+                folder.rmdir()
+        if isinstance(error, FileExistsError):
+            raise UserError(f"{option} {path} is a file; give a folder") from None
         raise UserError(f"{option} {path} cannot be written ({error.strerror}); give another folder") from error
     return path
 
@@ -29,10 +34,11 @@ def make_folder(path, option):
 def write_whole(path):
     """Give the path of a temporary file beside `path`; it takes its place, flushed to disk, when the block ends without an error.
 
-    After an error the temporary file is gone and `path` is as it was. Raises OSError as the block does.
+    After an error the temporary file is gone and `path` is as it was. After a crash, PATH.*.tmp may be left. Raises OSError as the
+    block does.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")  # process numbers repeat between containers
     try:
         yield temporary
         flush_to_disk(temporary)
