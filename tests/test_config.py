@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from utils.cli import UserError
-from utils.config import KEYS, Config, from_dict, gone_keys, load_config, model_arguments, notes, to_dict, to_yaml
+from utils.config import KEYS, Config, ModelConfig, SampleConfig, from_dict, gone_keys, load_config, model_arguments, notes, to_dict, to_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -220,5 +220,6 @@ def test_settings_without_effect_are_told(overrides, told):
 def test_defaults_are_a_valid_config_that_nothing_writes_to():
     config = Config()
     assert from_dict(to_dict(config)) == config
+    assert hash(config.model) == hash(ModelConfig()) and hash(config.sample) == hash(SampleConfig())  # keys of caches
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.train.lr = 1

@@ -45,7 +45,7 @@ class ModelConfig:
     decoder_depth: int = number(8, above=0)
     decoder_width: int = number(512, above=0)
     decoder_num_heads: int = number(16, above=0)
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the network's class, as in model.options.window=4
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # further arguments of the network's class, as in model.options.window=4
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class SampleConfig:
     discretization: Optional[Literal["vp", "ve", "iddpm", "edm"]] = None  # null: edm
     schedule: Optional[Literal["vp", "ve", "linear"]] = None  # null: linear
     scaling: Optional[Literal["vp", "none"]] = None  # null: none
-    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the sampler, as in sample.options.order=3
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # further arguments of the sampler, as in sample.options.order=3
     batchsize: int = number(50, above=0)  # images sampled at once, per process
     amp: Amp = "no"  # precision of the network
     compile: bool = False  # torch.compile, block by block; pays for many images: the first ones wait for it
