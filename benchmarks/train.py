@@ -20,7 +20,7 @@ from utils.cli import run
 from utils.config import to_dict
 
 # The speed-ups that one process can do with and without.
-WITHOUT = ("no_embed_kept", "no_shuffled_decoder", "no_product_attention", "no_fused_adamw", "no_foreach_ema")
+WITHOUT = ("no_fused_adamw", "no_foreach_ema")
 ARMS = ("plain", "ours", "compiled", "unmasked", "dit", *WITHOUT)
 COLUMNS = ("model", "masked", "amp", "batch", "arm", "ms/step", "img/s", "TFLOP/s", "of peak", "x plain", "GB", "first step s")
 

@@ -1,5 +1,6 @@
 """Images to latents and back through a frozen KL autoencoder: diffusers folder or hub id, or the published .pth file."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -34,21 +35,32 @@ def sample_moments(moments, generator=None, scale=SCALE, shift=0.0):
     """Draw scaled latents from VAE posterior moments.
 
     moments: (B, 2C, H, W) float32, mean then log-variance (clamped to [-30, 20]).
+    scale, shift: a number, or a sequence of one number per channel.
     Returns latents (B, C, H, W) float32, scale * (z - shift), unitless.
     Raises ValueError if the channel count is odd.
     Source: Rombach et al. 2022 (latent diffusion).
     """
     if moments.shape[1] % 2:
-        raise UserError(f"moments have {moments.shape[1]} channels, wanted an even number: means, then log-variances")
+        raise ValueError(f"moments have {moments.shape[1]} channels, wanted an even number: means, then log-variances")
     mean, logvar = moments.float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    return scale * (mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise - shift)
+    z = mean + torch.exp(0.5 * logvar.clamp(-30, 20)) * noise
+    return _per_channel(scale, z) * (z - _per_channel(shift, z))
+
+
+def _per_channel(value, latents):
+    """A number as it is; a sequence of one number per channel as a tensor (C, 1, 1) that multiplies latents."""
+    if isinstance(value, (int, float)):
+        return value
+    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1).to(latents.device, non_blocking=True)
 
 
 class Autoencoder(nn.Module):
     """A frozen diffusers AutoencoderKL with the one convention used here: latents = scale * (z - shift).
 
+    scale, shift: numbers, or sequences of one number per channel. They may be replaced by those of a model's latents.
     latent_channels: C of the latents. downsample: image side / latent side.
+    digest: 16 hex digits that name the weights, the same for every file format that they can be stored in.
     decode_batch: the largest batch decoded at once; starts unlimited and falls when the GPU runs out of memory.
     """
 
@@ -60,6 +72,7 @@ class Autoencoder(nn.Module):
         self.latent_channels = vae.config.latent_channels
         self.downsample = 2 ** (len(vae.config.block_out_channels) - 1)
         self.decode_batch = None
+        self.digest = _digest(vae)
 
     @torch.no_grad()
     def encode_moments(self, images):
@@ -98,8 +111,16 @@ class Autoencoder(nn.Module):
         return torch.cat(images)
 
     def _decode_at_once(self, latents):
-        z = latents.float() / self.scale + self.shift
+        z = latents.float() / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
         return self.vae.decode(z.to(self.vae.dtype)).sample.float()
+
+
+def _digest(vae):
+    sha256 = hashlib.sha256()
+    for name, tensor in sorted(vae.state_dict().items()):
+        sha256.update(name.encode())
+        sha256.update(tensor.float().cpu().contiguous().numpy())
+    return sha256.hexdigest()[:16]
 
 
 def load_autoencoder(path_or_id, device=None, dtype=torch.float32):

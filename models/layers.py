@@ -1,9 +1,10 @@
-"""The parts of a diffusion transformer: patches, positions, embedders, attention and adaLN-Zero blocks.
+"""The parts of a diffusion transformer: patches, positions, embedders and the adaLN-Zero block.
 
 Attribute names are the published checkpoint format. Source: Peebles & Xie 2023 (DiT).
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +32,9 @@ def unpatchify(patches, patch_size):
 def sincos_positions(width, grid, unit_grid=None):
     """Fixed positions (1, grid*grid, width) float32: the column in the first half, the row in the second.
 
-    Each half is sines, then cosines, at width/4 frequencies from 1 down to 1/10000 (excluded).
-    unit_grid: measure in patches of a grid of this size over the same image (None: of this one), which interpolates the
-    positions of a network trained on that grid.
+    Each half holds sines, then cosines, at width/4 frequencies from 1 down to 1/10000 (excluded).
+    unit_grid: the grid that another network was trained on. Its patch is then the unit of length over the same image,
+    which interpolates its positions. None: this grid.
     """
     frequencies = 10000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     centres = (torch.arange(grid, dtype=torch.float64) + 0.5) * ((unit_grid or grid) / grid) - 0.5
@@ -47,14 +48,14 @@ def sincos_positions(width, grid, unit_grid=None):
 # ---- embedders
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of patches, stored as the convolution that it is in the checkpoints."""
+    """Linear embedding of patches. Checkpoints store it as a convolution, so its weight has that shape."""
 
     def __init__(self, patch_size, in_channels, width):
         super().__init__()
         self.proj = nn.Conv2d(in_channels, width, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, patches):
-        """patches: (B, K, p*p*C), any subset of those of patchify. Returns (B, K, D)."""
+        """patches: (B, K, p*p*C), all or some of those of patchify. Returns (B, K, D)."""
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p*p*C)
         return F.linear(patches, weight, self.proj.bias)
 
@@ -76,16 +77,16 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Bias-free linear layer of the one-hot label, done as a table look-up."""
+    """A linear layer without bias on the one-hot label, done as a table look-up."""
 
     def __init__(self, num_classes, width):
         super().__init__()
         self.embedding_table = nn.Linear(num_classes, width, bias=False)
 
     def forward(self, class_labels):
-        """class_labels: (B,) int64, num_classes meaning unconditional: exactly zero. Returns (B, D).
+        """class_labels: (B,) int64. Returns (B, D), exactly zero where the label is num_classes (unconditional).
 
-        The look-up happens also for unconditional rows, so that the table always has a gradient.
+        Unconditional rows are looked up too, so that the table has a gradient in every step, which DDP waits for.
         """
         unconditional = class_labels == self.embedding_table.in_features
         rows = F.embedding(class_labels.masked_fill(unconditional, 0), self.embedding_table.weight.t())
@@ -94,68 +95,35 @@ class LabelEmbedder(nn.Module):
 
 # ---- transformer
 
-def linear(layer, x):
-    """layer(x) for a linear layer with bias."""
-    if not torch.compiler.is_compiling() or x.device.type != "cpu":
-        return layer(x)
-    # A compiler adds the bias in whatever follows; on a CPU the product would want it copied into place beforehand.
-    product = F.linear(x, layer.weight)
-    return product + layer.bias.to(product.dtype)
-
-
-def attention(q, k, v, products=True):
-    """Softmax attention of (B, heads, L, d) tensors. products: by plain matrix products in bfloat16 on a CPU.
-
-    The CPU's flash kernel is 2-4 times slower than these in bfloat16 (and faster in float32).
-    """
-    if not products or q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v)
-    scale = q.shape[-1] ** -0.5
-    if not torch.compiler.is_compiling():
-        return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-    # A compiler makes one kernel of what is between the products: powers of two are quicker than exp, and it is quicker to divide by
-    # the sums after the second product, whose rows are shorter. Softmax does not depend on the maximum, so no gradient goes there.
-    scores = (q * (scale / math.log(2))) @ k.transpose(-2, -1)
-    weights = torch.exp2(scores - scores.detach().amax(dim=-1, keepdim=True))
-    return ((weights @ v) / weights.sum(dim=-1, keepdim=True, dtype=torch.float32)).to(v.dtype)
+def attention(q, k, v):
+    """Softmax attention of (B, heads, L, d) tensors."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        # torch's CPU kernel is 2-4 times slower than plain products in bfloat16, which is 15 % of a training step
+        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. products: see `attention`."""
+    """Multi-head self-attention."""
 
-    def __init__(self, width, num_heads, products=True):
+    def __init__(self, width, num_heads):
         super().__init__()
-        self.num_heads, self.products = num_heads, products
+        self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
     def forward(self, tokens):
         batch_size, num_tokens, width = tokens.shape
-        qkv = linear(self.qkv, tokens).view(batch_size, num_tokens, 3, self.num_heads, width // self.num_heads)
+        qkv = self.qkv(tokens).view(batch_size, num_tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, L, d)
-        mixed = attention(q, k, v, self.products).transpose(1, 2).reshape(batch_size, num_tokens, width)
-        return linear(self.proj, mixed)
+        mixed = attention(q, k, v).transpose(1, 2).reshape(batch_size, num_tokens, width)
+        return self.proj(mixed)
 
 
-def gelu_tanh(x):
-    """GELU in its tanh form: x/2 (1 + tanh u) = x sigmoid(2u), u = sqrt(2/pi) (x + 0.044715 x^3)."""
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")  # one kernel
-    # A compiler fuses either form into one kernel; exp is nearly three times faster in it than tanh, and products than powers.
-    wide, slope = x.float(), math.sqrt(8 / math.pi)
-    return (wide * torch.sigmoid(wide * (slope + slope * 0.044715 * (wide * wide)))).to(x.dtype)
-
-
-class Mlp(nn.Module):
-    """Two linear layers, four times wider in between, with the tanh form of GELU."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, tokens):
-        return linear(self.fc2, gelu_tanh(linear(self.fc1, tokens)))
+def mlp(width):
+    """Two linear layers, four times wider in between."""
+    return nn.Sequential(OrderedDict(
+        fc1=nn.Linear(width, 4 * width), gelu=nn.GELU(approximate="tanh"), fc2=nn.Linear(4 * width, width)))
 
 
 def layer_norm(width):
@@ -168,39 +136,32 @@ def adaln(cond_width, num_outputs):
 
 
 def modulate(tokens, shift, scale):
-    """tokens * (1 + scale) + shift, with one (1 or B, D) row for all tokens of a sample."""
-    return torch.addcmul(shift.unsqueeze(1), tokens, 1 + scale.unsqueeze(1))
-
-
-def add_gated(tokens, gate, update):
-    """tokens + gate * update, with one (1 or B, D) row for all tokens of a sample."""
-    return torch.addcmul(tokens, gate.unsqueeze(1), update)
+    """tokens * (1 + scale) + shift. tokens: (B, L, D). shift, scale: (B or 1, 1, D)."""
+    return torch.addcmul(shift, tokens, 1 + scale)
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each shifted, scaled and gated by the conditioning (adaLN-Zero). product_attention: see `attention`."""
+    """Attention and MLP, each shifted, scaled and gated by the conditioning (adaLN-Zero)."""
 
-    def __init__(self, width, num_heads, cond_width, product_attention=True):
+    def __init__(self, width, num_heads, cond_width):
         super().__init__()
         self.norm1 = layer_norm(width)
-        self.attn = Attention(width, num_heads, product_attention)
+        self.attn = Attention(width, num_heads)
         self.norm2 = layer_norm(width)
-        self.mlp = Mlp(width)
+        self.mlp = mlp(width)
         self.adaLN_modulation = adaln(cond_width, 6 * width)
 
-    def forward(self, tokens, c=None, modulation=None):
-        """tokens: (B, L, D). c: (B, D_cond), or (1, D_cond) when all samples share it. Returns (B, L, D).
-
-        modulation: what adaLN_modulation makes of c, where it is there already.
-        """
-        modulation = self.adaLN_modulation(c) if modulation is None else modulation
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
-        tokens = add_gated(tokens, gate_attn, self.attn(modulate(self.norm1(tokens), shift_attn, scale_attn)))
-        return add_gated(tokens, gate_mlp, self.mlp(modulate(self.norm2(tokens), shift_mlp, scale_mlp)))
+    def forward(self, tokens, c):
+        """tokens: (B, L, D). c: (B, D_cond), or (1, D_cond) when all samples share it. Returns (B, L, D)."""
+        modulation = self.adaLN_modulation(c).unsqueeze(1)  # (B or 1, 1, 6D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=2)
+        attended = self.attn(modulate(self.norm1(tokens), shift_attn, scale_attn))
+        tokens = torch.addcmul(tokens, gate_attn, attended)
+        return torch.addcmul(tokens, gate_mlp, self.mlp(modulate(self.norm2(tokens), shift_mlp, scale_mlp)))
 
 
 class ModulatedLinear(nn.Module):
-    """LayerNorm, shift and scale by the conditioning, linear: the way into the decoder and the way out of the network."""
+    """LayerNorm, shift and scale by the conditioning, linear: the way into the decoder and out of the network."""
 
     def __init__(self, width, cond_width, out_features):
         super().__init__()
@@ -208,8 +169,7 @@ class ModulatedLinear(nn.Module):
         self.linear = nn.Linear(width, out_features)
         self.adaLN_modulation = adaln(cond_width, 2 * width)
 
-    def forward(self, tokens, c=None, modulation=None):
-        """See DiTBlock.forward."""
-        modulation = self.adaLN_modulation(c) if modulation is None else modulation
-        shift, scale = modulation.chunk(2, dim=1)
+    def forward(self, tokens, c):
+        """tokens: (B, L, D). c: as in DiTBlock. Returns (B, L, out_features)."""
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=2)
         return self.linear(modulate(self.norm(tokens), shift, scale))

@@ -1,11 +1,14 @@
 """Samplers and guidance. They know only model(x, sigma, class_labels) -> denoised.
 
 Source: Karras et al. 2022 (EDM): Algorithms 1 and 2, Table 1, appendix C; Ho & Salimans 2022 (guidance).
-The state is float64; the model gets x as float32 and sigma as a float32 scalar on the CPU, which nothing
-on a GPU has to wait for.
+The state is float64. The model gets x as float32 and sigma as a float32 scalar on the CPU, so that no one waits for the
+GPU to read it.
+
+A sampler of one's own is a function and a line in SAMPLERS: f(model, noise, class_labels=None, *, num_steps, ...,
+randn_like, progress) -> latents float64, where ... are its options, given in sample.options. It raises UserError for a bad
+option before it calls the model, so a call on an empty batch checks a config.
 """
 
-import functools
 import math
 from typing import Callable, NamedTuple
 
@@ -16,63 +19,97 @@ from utils.cli import UserError
 SOLVERS = ("euler", "heun")
 
 
-class Churn(NamedTuple):
-    """Noise added before each step with S_min <= sigma <= S_max, as in Algorithm 2."""
-
-    S_churn: float = 0.0
-    S_min: float = 0.0
-    S_max: float = math.inf
-    S_noise: float = 1.0
-
-
 def edm_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min=0.002, sigma_max=80.0, rho=7.0,
                 S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, randn_like=torch.randn_like, progress=None):
     """Algorithm 2: Heun steps of the probability flow with sigma(t) = t, optionally stochastic.
 
-    noise: (B, C, H, W) unit normal. class_labels: handed on to the model. randn_like: draws the noise of S_churn.
-    progress: called with 1 after every step. Returns latents (B, C, H, W) float64.
+    noise: (B, C, H, W) unit normal. class_labels: handed on to the model.
+    S_churn: noise added in all, before steps with S_min <= sigma <= S_max, S_noise times as much as it should be.
+    randn_like: draws that noise. progress: called with 1 after every step.
+    Returns latents (B, C, H, W) float64. Raises UserError for options out of range.
     """
-    _check_range(sigma_min, sigma_max)
-    sigmas = edm_sigmas(num_steps, sigma_min, sigma_max, rho)
-    return _integrate(model, noise, class_labels, sigmas, linear_schedule(), no_scaling, "heun", 1.0,
-                      Churn(S_churn, S_min, S_max, S_noise), randn_like, progress)
+    return ablation_sampler(model, noise, class_labels, num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
+                            S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise,
+                            randn_like=randn_like, progress=progress)
 
 
+@torch.no_grad()
 def ablation_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min=None, sigma_max=None, rho=7.0,
                      solver="heun", discretization="edm", schedule="linear", scaling="none",
                      epsilon_s=1e-3, C_1=0.001, C_2=0.008, M=1000, alpha=1.0,
                      S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, randn_like=torch.randn_like, progress=None):
-    """Any combination of the choices that EDM compares (Table 1); arguments not listed are those of edm_sampler.
+    """Any combination of the choices that EDM compares (Table 1). Arguments not listed are those of edm_sampler.
 
     solver: euler or heun (alpha: place of its second evaluation, 1 = end of the step).
     discretization: noise levels as in vp (epsilon_s), ve, iddpm (C_1, C_2, M) or edm (rho).
     schedule: sigma(t) of vp, ve or linear. scaling: s(t) of vp or none.
-    sigma_min, sigma_max: None takes those of the discretization. Raises ValueError for an unknown choice or range.
+    sigma_min, sigma_max: None takes those of the discretization. Raises UserError for unknown choices too.
     """
-    _check_choice("solver", solver, SOLVERS)
-    _check_choice("discretization", discretization, DEFAULT_SIGMAS)
-    _check_choice("schedule", schedule, SCHEDULES)
-    _check_choice("scaling", scaling, SCALINGS)
+    for name, value, known in (("solver", solver, SOLVERS), ("discretization", discretization, DEFAULT_SIGMAS),
+                               ("schedule", schedule, SCHEDULES), ("scaling", scaling, SCALINGS)):
+        _check(value in known, f"{name}={value!r} is unknown; want one of {', '.join(known)}")
+    _check(0 < epsilon_s < 1, f"epsilon_s={epsilon_s} must be above 0 and below 1")
+    _check(0 < alpha <= 1, f"alpha={alpha} must be above 0 and at most 1")
     default_min, default_max = DEFAULT_SIGMAS[discretization](epsilon_s)
     sigma_min = default_min if sigma_min is None else sigma_min
     sigma_max = default_max if sigma_max is None else sigma_max
-    _check_range(sigma_min, sigma_max)
-    if not 0 < alpha <= 1:
-        raise UserError(f"alpha={alpha} must be above 0 and at most 1")
+    _check(0 < sigma_min < sigma_max < math.inf,
+           f"want 0 < sigma_min < sigma_max; got sigma_min={sigma_min}, sigma_max={sigma_max}")
+    _check(0 <= S_churn < math.inf and 0 < S_noise < math.inf and S_min <= S_max,
+           f"want S_churn >= 0, S_noise > 0 and S_min <= S_max; got {S_churn}, {S_noise}, {S_min} and {S_max}")
     sigmas = {
         "vp": lambda: vp_sigmas(num_steps, sigma_min, sigma_max, epsilon_s),
         "ve": lambda: ve_sigmas(num_steps, sigma_min, sigma_max),
         "iddpm": lambda: iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M),
         "edm": lambda: edm_sigmas(num_steps, sigma_min, sigma_max, rho),
     }[discretization]()
-    return _integrate(model, noise, class_labels, sigmas, SCHEDULES[schedule](sigma_min, sigma_max, epsilon_s),
-                      SCALINGS[scaling], solver, alpha, Churn(S_churn, S_min, S_max, S_noise), randn_like, progress)
+    sigma_of, derivative_of, time_of = SCHEDULES[schedule](sigma_min, sigma_max, epsilon_s)
+    scaling_of = SCALINGS[scaling]
+
+    def slope(x, t):
+        """dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x/s; sigma) (EDM, eq. 81)."""
+        sigma, sigma_deriv = sigma_of(t), derivative_of(t)
+        s, s_deriv = scaling_of(sigma, sigma_deriv)
+        denoised = model((x / s).to(torch.float32), torch.tensor(sigma, dtype=torch.float32), class_labels)
+        return (sigma_deriv / sigma + s_deriv / s) * x - (sigma_deriv * s / sigma) * denoised.to(torch.float64)
+
+    def scale(t):
+        return scaling_of(sigma_of(t), derivative_of(t))[0]
+
+    times = [time_of(sigma) for sigma in sigmas] + [0.0]
+    x = noise.to(torch.float64) * (sigma_of(times[0]) * scale(times[0]))
+    for i, (t, t_next) in enumerate(zip(times, times[1:])):
+        if S_churn > 0:
+            drawn = randn_like(x)  # drawn also outside the range, so that later draws do not depend on it
+            if S_min <= sigma_of(t) <= S_max:
+                sigma, t_before = sigma_of(t), t
+                t = time_of(sigma * (1 + min(S_churn / num_steps, math.sqrt(2) - 1)))
+                added = math.sqrt(max(sigma_of(t) ** 2 - sigma**2, 0.0))
+                x = scale(t) / scale(t_before) * x + added * scale(t) * S_noise * drawn
+        h = t_next - t
+        d = slope(x, t)
+        if solver == "heun" and i < num_steps - 1:  # the last step ends at sigma = 0, where there is no slope
+            d_second = slope(x + alpha * h * d, t + alpha * h)
+            d = (1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_second
+        x = x + h * d
+        if progress is not None:
+            progress(1)
+    return x
+
+
+SAMPLERS = {"edm": edm_sampler, "ablation": ablation_sampler}
+
+
+def _check(good, message):
+    if not good:
+        raise UserError(message)
 
 
 # ---- noise levels: num_steps values from sigma_max down to sigma_min
 
 def edm_sigmas(num_steps, sigma_min, sigma_max, rho):
     """Equal steps of sigma^(1/rho) (EDM, eq. 5)."""
+    _check(0 < rho < math.inf, f"rho={rho} must be a number above 0")
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     return [(first + f * (last - first)) ** rho for f in _fractions(num_steps)]
 
@@ -98,16 +135,14 @@ def iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M):
         u = math.sqrt((u**2 + 1) / ratio - 1)
         if sigma_min <= u <= sigma_max:
             levels.append(u)
-    if not levels:
-        raise UserError(f"no iddpm noise level lies between sigma_min={sigma_min} and sigma_max={sigma_max}")
+    _check(levels, f"no iddpm noise level lies between sigma_min={sigma_min} and sigma_max={sigma_max}")
     levels.reverse()
     return [levels[round(f * (len(levels) - 1))] for f in _fractions(num_steps)]
 
 
 def _fractions(num_steps):
     """0, ..., 1 in num_steps values."""
-    if num_steps < 1:
-        raise UserError(f"num_steps={num_steps} must be at least 1")
+    _check(num_steps >= 1, f"num_steps={num_steps} must be at least 1")
     return [i / max(num_steps - 1, 1) for i in range(num_steps)]
 
 
@@ -171,118 +206,32 @@ DEFAULT_SIGMAS = {
 }
 
 
-def _check_choice(name, value, known):
-    if value not in known:
-        raise UserError(f"{name}={value!r} is unknown; want one of {', '.join(known)}")
-
-
-def _check_range(sigma_min, sigma_max):
-    if not 0 < sigma_min < sigma_max:
-        raise UserError(f"want 0 < sigma_min < sigma_max; got sigma_min={sigma_min}, sigma_max={sigma_max}")
-
-
-# ---- integration
-
-@torch.no_grad()
-def _integrate(model, noise, class_labels, sigmas, schedule, scaling, solver, alpha, churn, randn_like, progress):
-    """Solve dx/dt = (sigma'/sigma + s'/s) x - (sigma' s / sigma) D(x/s; sigma) from sigma_max to 0 (EDM, eq. 81)."""
-    def scale(t):
-        return scaling(schedule.sigma(t), schedule.derivative(t))[0]
-
-    def slope(x, t):
-        sigma, sigma_deriv = schedule.sigma(t), schedule.derivative(t)
-        s, s_deriv = scaling(sigma, sigma_deriv)
-        denoised = model((x / s).to(torch.float32), torch.tensor(sigma, dtype=torch.float32), class_labels)
-        return (sigma_deriv / sigma + s_deriv / s) * x - (sigma_deriv * s / sigma) * denoised.to(torch.float64)
-
-    num_steps = len(sigmas)
-    times = [schedule.inverse(sigma) for sigma in sigmas] + [0.0]
-    x = noise.to(torch.float64) * (schedule.sigma(times[0]) * scale(times[0]))
-    for i, (t, t_next) in enumerate(zip(times, times[1:])):
-        if churn.S_churn > 0:
-            x, t = _add_churn(x, t, schedule, scale, churn, num_steps, randn_like)
-        h = t_next - t
-        d = slope(x, t)
-        if solver == "heun" and i < num_steps - 1:  # the last step ends at sigma = 0, where there is no slope
-            d_second = slope(x + alpha * h * d, t + alpha * h)
-            d = (1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_second
-        x = x + h * d
-        if progress is not None:
-            progress(1)
-    return x
-
-
-def _add_churn(x, t, schedule, scale, churn, num_steps, randn_like):
-    """Raise the noise level of x at time t: returns the noisier x and its time."""
-    noise = randn_like(x)  # drawn also outside the range, so that later draws do not depend on it
-    sigma = schedule.sigma(t)
-    if not churn.S_min <= sigma <= churn.S_max:
-        return x, t
-    gamma = min(churn.S_churn / num_steps, math.sqrt(2) - 1)
-    t_hat = schedule.inverse(sigma * (1 + gamma))
-    added = math.sqrt(max(schedule.sigma(t_hat) ** 2 - sigma**2, 0.0))
-    return scale(t_hat) / scale(t) * x + added * scale(t_hat) * churn.S_noise * noise, t_hat
-
-
-# ---- the network as samplers call it
-
-class SharedConditioning:
-    """An EDMPrecond for samplers, model(x, sigma, class_labels), that computes nothing twice of what x has no part in.
-
-    Embeddings and adaLN are computed once per distinct sigma (Heun asks for most of them twice) and once per distinct class:
-    the unconditional rows of guidance are one row. Equal to the network itself up to the order of float32 sums.
-    Labels count as new when they are another tensor, so that a GPU need not be waited for.
-    """
-
-    def __init__(self, net):
-        self.net, self.num_classes = net, net.num_classes
-        self.labels, self.distinct, self.rows = None, None, None
-        self.sigma, self.modulations = None, None
-
-    def __call__(self, x, sigma, class_labels=None):
-        if class_labels is not self.labels:
-            self.labels, self.sigma = class_labels, None
-            if class_labels is not None:
-                self.distinct, self.rows = class_labels.unique(return_inverse=True)
-        if self.sigma != float(sigma):
-            self.sigma, self.modulations = float(sigma), self._modulate(sigma)
-        return self.net(x, sigma, class_labels, modulations=self.modulations)
-
-    def _modulate(self, sigma):
-        if self.labels is None:
-            return self.net.modulations(sigma)
-        return {layer: rows[self.rows] for layer, rows in self.net.modulations(sigma, self.distinct).items()}
-
-
 # ---- guidance
 
 def guided(net, cfg_scale, interval=None):
     """Classifier-free guidance: a model for the samplers with D = D_uncond + cfg_scale * (D_cond - D_uncond).
 
-    net: EDMPrecond, or SharedConditioning of one. cfg_scale: 1 or None is off (the net itself comes back).
-    interval: (sigma_lo, sigma_hi]: guide only there (Kynkaanniemi et al. 2024), conditional elsewhere;
+    net: EDMPrecond. cfg_scale: 1 or None is off (the net itself comes back).
+    interval: guide only for sigma in (lo, hi] (Kynkaanniemi et al. 2024), conditional elsewhere;
     it needs one sigma for the whole batch, as the samplers give.
-    Raises ValueError for an unconditional net; when called, for missing class labels.
+    Raises UserError for bad numbers and for an unconditional net; the model raises ValueError without class labels.
     """
     if cfg_scale is None or cfg_scale == 1:
         return net
-    if not net.num_classes:
-        raise UserError(f"cfg_scale={cfg_scale} needs a class-conditional model; this one has num_classes=0: use 1")
-    sigma_lo, sigma_hi = (0.0, math.inf) if interval is None else interval
-
-    @functools.lru_cache(maxsize=1)  # tensors are compared by identity: samplers hand in the same one at every step
-    def with_unconditional(class_labels):
-        return torch.cat([class_labels, torch.full_like(class_labels, net.num_classes)])
+    _check(math.isfinite(cfg_scale), f"cfg_scale={cfg_scale} must be a number; 1 is no guidance")
+    _check(net.num_classes, f"cfg_scale={cfg_scale} needs a class-conditional model; this one has num_classes=0: use 1")
+    lo, hi = (0.0, math.inf) if interval is None else interval
+    _check(0 <= lo < hi, f"cfg_interval={[lo, hi]}: want [lo, hi] with 0 <= lo < hi")
 
     def model(x, sigma, class_labels=None):
         if class_labels is None:
-            raise UserError(f"cfg_scale={cfg_scale} needs class_labels; pass them, or use cfg_scale 1")
-        if interval is not None and not sigma_lo < float(sigma) <= sigma_hi:
+            raise ValueError(f"cfg_scale={cfg_scale} needs class_labels; pass them, or use cfg_scale 1")
+        if interval is not None and not lo < float(sigma) <= hi:
             return net(x, sigma, class_labels)
         if torch.is_tensor(sigma) and sigma.numel() > 1:
             sigma = sigma.repeat(2)
-        denoised = net(x.repeat(2, 1, 1, 1), sigma, with_unconditional(class_labels))  # one batch of 2B
-        conditional, unconditional = denoised.chunk(2)
+        labels = torch.cat([class_labels, torch.full_like(class_labels, net.num_classes)])
+        conditional, unconditional = net(x.repeat(2, 1, 1, 1), sigma, labels).chunk(2)  # one batch of 2B
         return unconditional + cfg_scale * (conditional - unconditional)
 
     return model

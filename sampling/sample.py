@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from models import SharedConditioning, ablation_sampler, create_model, edm_sampler, guided, load_autoencoder
+import models
+from models import ablation_sampler, edm_sampler, guided, load_autoencoder
 from utils import distributed
 from utils.cli import UserError
 from utils.images import save_grid, to_uint8
@@ -55,13 +56,10 @@ class Batch(NamedTuple):
 
 def build_model(model_config, train=None):
     """The network of a ModelConfig, with fresh weights; train: a TrainConfig, to be trained as that says."""
-    m, options = model_config, {}
-    if train is not None:
-        options = {"activation_checkpointing": train.activation_checkpointing, "embed_kept": train.uses("embed_kept"),
-                   "shuffled_decoder": train.uses("shuffled_decoder"), "product_attention": train.uses("product_attention")}
-    return create_model(m.model_type, m.in_size, m.in_channels, m.num_classes, m.use_decoder, depth=m.depth, width=m.width,
-                        num_heads=m.num_heads, decoder_depth=m.decoder_depth, decoder_width=m.decoder_width,
-                        decoder_num_heads=m.decoder_num_heads, **options)
+    arguments = dict(vars(model_config))
+    options = arguments.pop("options")
+    checkpointing = train is not None and train.activation_checkpointing
+    return models.build_model(**arguments, activation_checkpointing=checkpointing, **options)
 
 
 def build_sampler(config):
@@ -94,7 +92,7 @@ def draw_inputs(seeds, net, device, class_idx=()):
 def sample_latents(net, seeds, config, device, class_idx=(), progress=None):
     """Sample the latents of some seeds as one batch: (latents (B, C, H, W) float32, class_labels (B,) or None)."""
     streams, noise, class_labels = draw_inputs(seeds, net, device, class_idx)
-    model = guided(SharedConditioning(net), config.cfg_scale, config.cfg_interval)
+    model = guided(net, config.cfg_scale, config.cfg_interval)
     with autocast(config.amp, device):
         latents = build_sampler(config)(model, noise, class_labels, randn_like=streams.randn_like, progress=progress)
     return latents.float(), class_labels

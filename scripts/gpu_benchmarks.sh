@@ -29,7 +29,7 @@ measure train_xl2_deterministic train --sizes XL/2 --amp bf16 --batchsize 32 128
 measure train_xl2_512px_masked train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms compiled unmasked --rounds 10 --set train.compile=true
 measure train_xl2_512px_dit train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms compiled dit --rounds 10 --set train.compile=true
 measure train_s2 train --sizes S/2 --amp bf16 fp16 --batchsize 256 --arms plain ours compiled --rounds 20
-measure train_s2_switches train --sizes S/2 --amp bf16 --batchsize 256 --arms ours no_embed_kept no_shuffled_decoder no_fused_adamw no_foreach_ema --rounds 20
+measure train_s2_switches train --sizes S/2 --amp bf16 --batchsize 256 --arms ours no_fused_adamw no_foreach_ema --rounds 20
 measure train_xl2_graphs train --sizes XL/2 --amp bf16 --batchsize 32 --arms compiled --rounds 20 --set train.cuda_graphs=true
 measure train_xl2_checkpointing train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms ours --checkpointing --rounds 10
 measure sample_xl2 sample --sizes XL/2 --amp no bf16 --num_steps 40 --batchsize 32 --rounds 2 --warmup 1

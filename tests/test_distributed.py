@@ -68,9 +68,9 @@ def save_draws(folder):
             drawn.append(super().draw(*args, **kwargs))
             return drawn[-1]
 
-        def parts(self, net, latents, class_labels, *args, **kwargs):
+        def __call__(self, net, latents, class_labels, *args, **kwargs):
             drawn.append((latents, class_labels))
-            return super().parts(net, latents, class_labels, *args, **kwargs)
+            return super().__call__(net, latents, class_labels, *args, **kwargs)
 
     model = distributed.data_parallel(state.net)
     for _ in range(2):

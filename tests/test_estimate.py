@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import estimate
-from models import create_model, layers, random_mask
+from models import build_model, layers, random_mask
 from utils.config import load_config
 
 
@@ -18,8 +18,8 @@ TINY = ["model.model_type=DiT-S/2", "model.in_size=8", "model.depth=1", "model.w
 
 def kept_bytes(amp, compiled, batch, depth, decoder_depth):
     """Bytes that a forward pass keeps for the backward pass, weights not counted."""
-    net = create_model("DiT-S/2", 32, 4, 10, depth=depth, width=96, num_heads=2, decoder_depth=decoder_depth, decoder_width=64,
-                       decoder_num_heads=2)
+    net = build_model("DiT-S/2", in_size=32, in_channels=4, num_classes=10, depth=depth, width=96, num_heads=2,
+                      decoder_depth=decoder_depth, decoder_width=64, decoder_num_heads=2)
     if compiled:  # as far as the choice of what is kept; kernels do not matter here
         torch.compiler.reset()
         net.compile_blocks(backend="aot_eager_decomp_partition")
@@ -43,8 +43,7 @@ def kept_bytes(amp, compiled, batch, depth, decoder_depth):
 def test_activation_bytes_are_those_that_the_blocks_keep(monkeypatch, amp, compiled):
     """Two more encoder blocks and one more decoder block, four more images. Modulations, counted too, are within the 2 %."""
     # as on a GPU, where attention in low precision is one kernel; the CPU's plain products keep the scores
-    monkeypatch.setattr(layers, "attention", lambda q, k, v, products: F.scaled_dot_product_attention(q, k, v))
-    monkeypatch.setattr(layers, "linear", lambda layer, x: layer(x))
+    monkeypatch.setattr(layers, "attention", F.scaled_dot_product_attention)
     small, large = ([kept_bytes(amp, compiled, batch, *depths) for batch in (2, 6)] for depths in ((1, 1), (3, 2)))
     per_image = ((large[1] - large[0]) - (small[1] - small[0])) / 4
     units = 2 * 128 * 96 + 1 * 256 * 64  # tokens x width of the added blocks

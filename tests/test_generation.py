@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from models import create_model
 from utils.config import ModelConfig, SampleConfig
 from sampling.sample import (SeedStreams, batches_of, build_model, draw_inputs, generate, latents_to_uint8,
                              sample_latents)
@@ -83,7 +82,3 @@ def test_guidance_changes_the_image(net):
     guided_latents, _ = sample_latents(net, [1], FAST, CPU)
     plain, _ = sample_latents(net, [1], dataclasses.replace(FAST, cfg_scale=1.0), CPU)
     assert not torch.allclose(guided_latents, plain, atol=1e-3)
-
-
-def test_create_model_takes_the_same_arguments():
-    assert create_model("DiT-S/8", 32, 4, 10).num_classes == 10

@@ -9,14 +9,14 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from models import create_model
+import models
 from models.layers import sincos_positions
 from sampling.load import infer_model_config, load_checkpoint, load_weights, load_weights_into, steps_done, strip_prefixes
 from sampling.sample import build_model
 from training.checkpoint import write_checkpoint
 from utils.config import ModelConfig
 
-SIZES = dict(depth=1, width=16, num_heads=2, decoder_depth=1, decoder_width=16, decoder_num_heads=2)
+SIZES = dict(in_channels=4, depth=1, width=16, num_heads=2, decoder_depth=1, decoder_width=16, decoder_num_heads=2)
 
 
 def state(step, size=500):
@@ -199,7 +199,7 @@ def test_missing_file_and_missing_weights_are_named(tmp_path):
 
 def test_misfits_are_listed_by_name_and_skipped_by_flag(tmp_path, capsys):
     torch.manual_seed(0)
-    old, new = (create_model("DiT-S/2", 8, 4, classes, **SIZES) for classes in (10, 7))
+    old, new = (models.build_model("DiT-S/2", in_size=8, num_classes=classes, **SIZES) for classes in (10, 7))
     weights = {**old.state_dict(), "model.extra": torch.ones(1)}
     del weights["model.mask_token"]
     table = new.model.y_embedder.embedding_table.weight.detach().clone()
@@ -215,14 +215,14 @@ def test_misfits_are_listed_by_name_and_skipped_by_flag(tmp_path, capsys):
 
 
 def test_nothing_that_fits_is_refused_also_with_the_flag():
-    net = create_model("DiT-S/2", 8, 4, 10, **SIZES)
+    net = models.build_model("DiT-S/2", in_size=8, num_classes=10, **SIZES)
     with pytest.raises(ValueError, match="has nothing that fits the model; missing: "):
         load_weights_into(net, {"other.w": torch.ones(1)}, "other.pt", skip_mismatched=True)
 
 
 def test_positions_of_another_resolution_are_interpolated(capsys):
     """Of two times as many patches, those at odd and even places lie a quarter of an old patch before and behind its centre."""
-    old, new = (create_model("DiT-S/2", size, 4, 10, **SIZES) for size in (8, 16))
+    old, new = (models.build_model("DiT-S/2", in_size=size, num_classes=10, **SIZES) for size in (8, 16))
     with pytest.raises(ValueError, match=r"model.pos_embed \(1, 16, 16\), wanted \(1, 64, 16\)"):
         load_weights_into(new, old.state_dict(), "old.pt")
     load_weights_into(new, old.state_dict(), "old.pt", skip_mismatched=True)
@@ -249,6 +249,6 @@ def test_config_is_inferred_from_published_shapes(options):
 
 def test_odd_sizes_cannot_be_inferred():
     with pytest.raises(ValueError, match="file.pt.*--config"):
-        infer_model_config(create_model("DiT-S/2", 8, 4, 5, **SIZES).state_dict(), "file.pt")
+        infer_model_config(models.build_model("DiT-S/2", in_size=8, num_classes=5, **SIZES).state_dict(), "file.pt")
     with pytest.raises(ValueError, match="no MaskDiT"):
         infer_model_config({"a": torch.zeros(1)}, "file.pt")

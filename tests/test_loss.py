@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models import EDMLoss, LossDraws, create_model, drop_labels, random_mask
+from models import EDMLoss, EDMPrecond, LossDraws, TokenMask, build_model, drop_labels, random_mask
 
 LOSS = EDMLoss(patch_size=2)
 
@@ -43,9 +43,13 @@ def loss_by_patch_loop(latents, draws, patch_size=2, sigma_data=0.5):
 def test_masked_loss_equals_a_loop_over_patches(latents, mask_ratio):
     draws = LOSS.draw(latents, mask_ratio, torch.Generator().manual_seed(3))
     expected = loss_by_patch_loop(latents, draws)
-    parts = LOSS.parts(net, latents, draws=draws)
-    torch.testing.assert_close(torch.stack(parts, dim=1), expected, rtol=1e-5, atol=1e-5)  # float32 against float64
-    torch.testing.assert_close(LOSS(net, latents, draws=draws), expected @ torch.tensor([1.0, 0.1]), rtol=1e-5, atol=1e-5)
+    losses = LOSS(net, latents, draws=draws)
+    assert list(losses) == ["denoising", "mae"]
+    torch.testing.assert_close(torch.stack(list(losses.values()), dim=1), expected, rtol=1e-5, atol=1e-5)  # float32 against float64
+
+
+def test_weights_are_those_of_the_sum_that_is_trained():
+    assert EDMLoss(mae_loss_coef=0.3).weights == {"denoising": 1.0, "mae": 0.3}
 
 
 def test_unmasked_loss_is_the_weighted_error_of_the_whole_image(latents):
@@ -53,7 +57,9 @@ def test_unmasked_loss_is_the_weighted_error_of_the_whole_image(latents):
     sigma = draws.sigma.reshape(-1, 1, 1, 1)
     error = (net(latents + sigma * draws.noise, sigma) - latents).square().mean(dim=(1, 2, 3))
     weight = (draws.sigma**2 + 0.25) / (draws.sigma * 0.5) ** 2
-    torch.testing.assert_close(LOSS(net, latents, draws=draws), weight * error)
+    losses = LOSS(net, latents, draws=draws)
+    torch.testing.assert_close(losses["denoising"], weight * error)
+    assert losses["mae"].tolist() == [0.0] * 5
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 1e-30])
@@ -63,10 +69,10 @@ def test_nothing_removed_is_no_nan(latents, mask_ratio):
     assert draws.mask is None
     for mask in (None, random_mask(5, 16, mask_ratio)):
         latents.requires_grad_()
-        parts = LOSS.parts(net, latents, draws=draws._replace(mask=mask))
-        (gradient,) = torch.autograd.grad(parts.mae.sum() + parts.denoising.sum(), latents)
-        assert parts.mae.tolist() == [0.0] * 5
-        assert parts.denoising.isfinite().all() and gradient.isfinite().all()
+        losses = LOSS(net, latents, draws=draws._replace(mask=mask))
+        (gradient,) = torch.autograd.grad(losses["mae"].sum() + losses["denoising"].sum(), latents)
+        assert losses["mae"].tolist() == [0.0] * 5
+        assert losses["denoising"].isfinite().all() and gradient.isfinite().all()
 
 
 def test_draws_come_from_the_generator_in_one_order(latents):
@@ -77,11 +83,6 @@ def test_draws_come_from_the_generator_in_one_order(latents):
     assert torch.equal(draws.noise, torch.randn(5, 3, 8, 8, generator=generator))
     assert torch.equal(draws.mask.ids_shuffle, random_mask(5, 16, 0.5, generator).ids_shuffle)
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_num_keep_takes_the_place_of_the_ratio(latents):
-    assert LOSS.draw(latents, 0.5, num_keep=3).mask.num_keep == 3
-    assert LOSS.draw(latents, 0.5, num_keep=16).mask is None
 
 
 def test_sigma_is_log_normal():
@@ -95,22 +96,35 @@ def test_joined_batches_have_the_losses_of_their_halves(latents):
     draws = LOSS.draw(latents, 0.5)
     halves = []
     for rows in (slice(0, 2), slice(2, 5)):
-        mask = type(draws.mask)(draws.mask.ids_shuffle[rows], draws.mask.num_keep)
+        mask = TokenMask(draws.mask.ids_shuffle[rows], draws.mask.num_keep)
         halves.append(LOSS(net, latents[rows], draws=LossDraws(draws.sigma[rows], draws.noise[rows], mask)))
-    torch.testing.assert_close(torch.cat(halves), LOSS(net, latents, draws=draws))
+    for name, losses in LOSS(net, latents, draws=draws).items():
+        torch.testing.assert_close(torch.cat([half[name] for half in halves]), losses)
 
 
-def test_patch_size_and_gradients_come_from_the_network(latents):
-    model = create_model("DiT-S/4", 8, 3, 7, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
-    losses = EDMLoss()(model, latents, torch.tensor([0, 1, 2, 7, 7]), mask_ratio=0.5)
-    assert losses.shape == (5,) and losses.dtype == torch.float32
-    losses.mean().backward()
-    assert model.model.final_layer.linear.weight.grad.any()
+def test_losses_are_float32_also_under_autocast_and_train_the_network(latents):
+    model = build_model("DiT-S/4", in_size=8, in_channels=3, num_classes=7, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = EDMLoss(patch_size=4)(model, latents, torch.tensor([0, 1, 2, 7, 7]), mask_ratio=0.5)
+    for loss in losses.values():
+        assert loss.shape == (5,) and loss.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(loss.mean(), model.model.final_layer.linear.weight, retain_graph=True)
+        assert gradient.any()
 
 
-def test_unknown_patch_size_is_refused(latents):
-    with pytest.raises(ValueError, match="patch_size"):
-        EDMLoss().draw(latents, 0.5)
+def test_the_weight_makes_every_noise_level_count_alike():
+    """What a network sees and makes has unit variance, so a fresh one (output 0) has the loss 1 at every sigma (EDM, eq. 8)."""
+    class Zero(torch.nn.Module):
+        in_size, in_channels, patch_size, num_tokens, num_classes = 64, 3, 2, 1024, 0
+
+        def forward(self, x, c_noise, class_labels, mask):
+            return torch.zeros_like(x)
+
+    generator = torch.Generator().manual_seed(5)
+    latents = 0.5 * torch.randn(5, 3, 64, 64, generator=generator)
+    draws = LossDraws(torch.tensor([0.01, 0.1, 0.5, 3.0, 80.0]), torch.randn(5, 3, 64, 64, generator=generator), None)
+    losses = LOSS(EDMPrecond(Zero()), latents, draws=draws)["denoising"]
+    torch.testing.assert_close(losses, torch.ones(5), rtol=0, atol=0.06)  # 12,288 values: standard error of the variance 0.013
 
 
 def test_patches_of_one_value_cannot_be_reconstructed():

@@ -6,17 +6,18 @@ import torch
 import torch.nn.functional as F
 
 import models
-from models.layers import attention, gelu_tanh, patchify, sincos_positions, unpatchify
+from models.layers import attention, patchify, sincos_positions, unpatchify
+from utils.cli import UserError
 
 PARAMETER_COUNTS = {"S": 68_346_496, "B": 175_909_888, "L": 510_176_512, "XL": 730_541_440, "H": 1_010_002_432}
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes CPU kernels with a C++ compiler, and there is none")
-TINY = dict(depth=2, width=24, num_heads=3, decoder_depth=2, decoder_width=16, decoder_num_heads=2)
+TINY = dict(in_size=8, in_channels=3, num_classes=7, depth=2, width=24, num_heads=3, decoder_depth=2, decoder_width=16, decoder_num_heads=2)
 
 
 def tiny_net(num_classes=7, use_decoder=True, **changes):
     """A network for 3-channel 8x8 latents, 16 patches, with all weights random so that nothing is hidden by zeros."""
     torch.manual_seed(0)
-    net = models.create_model("DiT-S/2", 8, 3, num_classes, use_decoder, **{**TINY, **changes})
+    net = models.build_model("DiT-S/2", **{**TINY, "num_classes": num_classes, "use_decoder": use_decoder, **changes})
     for parameter in net.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -36,7 +37,7 @@ def batch():
 @pytest.mark.parametrize("size", PARAMETER_COUNTS)
 def test_parameter_counts_are_the_published_ones(size):
     with torch.device("meta"):
-        net = models.create_model(f"DiT-{size}/8", 32, 4, 1000)
+        net = models.build_model(f"DiT-{size}/8", in_size=32, in_channels=4, num_classes=1000)
     assert sum(parameter.numel() for parameter in net.parameters()) == PARAMETER_COUNTS[size]
 
 
@@ -61,14 +62,14 @@ def test_plain_and_unconditional_models_have_no_other_parameters():
 def test_fresh_network_predicts_only_the_skip_path(batch):
     """adaLN-Zero and a zero final layer: D = c_skip * x, whatever the mask."""
     x, sigma, class_labels = batch
-    net = models.create_model("DiT-S/2", 8, 3, 7, **TINY)
+    net = models.build_model("DiT-S/2", **TINY)
     c_skip = (0.25 / (sigma**2 + 0.25)).reshape(-1, 1, 1, 1)
     torch.testing.assert_close(net(x, sigma, class_labels, models.random_mask(5, 16, 0.5)), c_skip * x)
 
 
 def test_initial_weights():
     torch.manual_seed(0)
-    model = models.create_model("DiT-S/2", 32, 4, 1000, depth=1, decoder_depth=1).model
+    model = models.build_model("DiT-S/2", in_size=32, in_channels=4, num_classes=1000, depth=1, decoder_depth=1).model
     # the bound of Xavier-uniform, reached within 1% by thousands of weights
     for weight in (model.x_embedder.proj.weight, model.blocks[0].mlp.fc1.weight):
         bound = math.sqrt(6 / (weight.shape[0] + weight[0].numel()))
@@ -120,7 +121,7 @@ def slow_network(model, x, c_noise, class_labels, mask):
 def test_shuffled_order_equals_image_order(batch, num_keep):
     x, sigma, class_labels = batch
     model = tiny_net().model
-    mask = models.random_mask(5, 16, num_keep=num_keep)
+    mask = models.random_mask(5, 16, 1 - num_keep / 16)
     results = []
     for forward in (model, lambda *inputs: slow_network(model, *inputs)):
         model.zero_grad()
@@ -167,7 +168,7 @@ def test_layers_cast_once_give_the_numbers_of_autocast(batch):
 
 
 @pytest.mark.parametrize("sharpness", [1, 30])
-@pytest.mark.parametrize("backend", [None, "eager", pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
+@pytest.mark.parametrize("backend", [None, pytest.param("inductor", marks=[pytest.mark.slow, needs_compiler])])
 def test_bfloat16_attention_on_a_cpu_is_softmax_attention(backend, sharpness):
     """sharpness 30: scores up to 130, whose exponentials overflow unless the largest is taken off first."""
     generator = torch.Generator().manual_seed(0)
@@ -184,14 +185,6 @@ def test_bfloat16_attention_on_a_cpu_is_softmax_attention(backend, sharpness):
         assert rounded.dtype == torch.bfloat16
         # every number is rounded to 2^-9 several times, scores too, which exp magnifies
         assert (rounded.float() - wanted).norm() / wanted.norm() < (0.01 if sharpness == 1 else 0.1)
-
-
-def test_gelu_of_compiled_blocks_is_the_same_function():
-    x = torch.linspace(-12, 12, 1001, requires_grad=True)
-    compiled = torch.compile(gelu_tanh, backend="eager")
-    torch.testing.assert_close(compiled(x), F.gelu(x, approximate="tanh"), rtol=1e-6, atol=1e-6)
-    gradients = [torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, gelu_tanh)]
-    torch.testing.assert_close(*gradients, rtol=1e-5, atol=5e-6)  # 1 + tanh loses digits where the result is tiny
 
 
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
@@ -227,7 +220,7 @@ def test_plain_and_unconditional_models_train(batch):
 def test_compiled_blocks_keep_names_and_share_graphs_over_token_counts(batch):
     """One graph per width, although the number of kept tokens changes. Traced, not translated to C++: seconds."""
     net = tiny_net()
-    names, masks = list(net.state_dict()), [models.random_mask(5, 16, num_keep=n) for n in (8, 5, 11)]
+    names, masks = list(net.state_dict()), [models.random_mask(5, 16, 1 - n / 16) for n in (8, 5, 11)]
     expected = [net(*batch, mask) for mask in masks]
     num_graphs = 0
 
@@ -246,21 +239,57 @@ def test_compiled_blocks_keep_names_and_share_graphs_over_token_counts(batch):
 
 # ---- bad input
 
-@pytest.mark.parametrize("model_type", ["DiT-XXL/2", "DiT-S/3", "S/2", "DiT-S", "", None])
-def test_unknown_model_type_names_the_known_ones(model_type):
-    with pytest.raises(ValueError, match="S, B, L, XL, H and PATCH one of 1, 2, 4, 8"):
-        models.create_model(model_type, 32, 4, 10)
+@pytest.mark.parametrize("model_type, known", [
+    ("DiT-XXL/2", "S, B, L, XL, H and PATCH one of 1, 2, 4, 8"), ("DiT-S/3", "one of 1, 2, 4, 8"), ("DiT-S", "one of 1, 2, 4, 8"),
+    ("S/2", "one of DiT, as in DiT-XL/2"), ("", "one of DiT"), (None, "one of DiT")])
+def test_unknown_model_type_names_the_known_ones(model_type, known):
+    with pytest.raises(UserError, match=f"model.model_type={model_type!r} is unknown.*{known}"):
+        models.build_model(model_type, **TINY)
+
+
+def test_an_option_that_the_network_does_not_take_is_named():
+    with pytest.raises(UserError, match="model.options.depht: MaskDiT does not take depht; it takes .* depth, width"):
+        models.build_model("DiT-S/2", **TINY, depht=3)
+
+
+# ---- a network of one's own
+
+class Toy(torch.nn.Module):
+    """One linear layer on all pixels, as models/__init__.py says what a network needs."""
+    patch_size = 4
+
+    def __init__(self, model_type, in_size, in_channels, num_classes, gain=1.0, **unused):
+        super().__init__()
+        self.in_size, self.in_channels, self.num_classes = in_size, in_channels, num_classes
+        self.num_tokens = (in_size // self.patch_size) ** 2
+        self.gain, self.layer = gain, torch.nn.Linear(in_channels * in_size**2, in_channels * in_size**2)
+
+    def forward(self, x, c_noise, class_labels, mask):
+        return self.gain * self.layer(x.flatten(1)).reshape(x.shape)
+
+
+def test_a_network_from_outside_is_a_line_in_the_table(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "Toy", Toy)
+    net = models.build_model("Toy-anything", **TINY, activation_checkpointing=True, gain=0.5)
+    assert isinstance(net, models.EDMPrecond) and net.model.gain == 0.5 and net.num_tokens == 4
+    losses = models.EDMLoss(patch_size=net.patch_size)(net, torch.randn(2, 3, 8, 8), torch.tensor([0, 7]), mask_ratio=0.5)
+    (losses["denoising"] + losses["mae"]).sum().backward()
+    assert net.model.layer.weight.grad.any()
+    net.compile_blocks(backend="eager")  # neither knows a DiTBlock here: nothing changes
+    net.cast_layers(torch.bfloat16)
+    latents = models.edm_sampler(models.guided(net.eval(), 2.0), torch.randn(2, 3, 8, 8), torch.tensor([0, 3]), num_steps=2)
+    assert latents.shape == (2, 3, 8, 8) and latents.isfinite().all()
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(patch_size=3), "in_size=8 must be divisible by patch_size=3"),
-    (dict(width=25), "width=25 must be divisible by num_heads=3"),
-    (dict(width=30), "width=30 must be divisible by 4"),
-    (dict(decoder_width=18, decoder_num_heads=4), "decoder_width=18 must be divisible by decoder_num_heads=4"),
+    (dict(in_size=9), "model.in_size=9 must be divisible by the patch size, 2 in DiT-S/2"),
+    (dict(width=25), "model.width=25 must be divisible by model.num_heads=3"),
+    (dict(width=30), "model.width=30 must be divisible by 4"),
+    (dict(decoder_width=18, decoder_num_heads=4), "model.decoder_width=18 must be divisible by model.decoder_num_heads=4"),
 ])
 def test_sizes_that_do_not_divide_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        models.create_model("DiT-S/2", 8, 3, 7, **{**TINY, **changes})
+    with pytest.raises(UserError, match=message):
+        models.build_model(**{"model_type": "DiT-S/2", **TINY, **changes})
 
 
 def test_mask_without_decoder_is_refused(batch):

@@ -23,7 +23,7 @@ def golden(key):
 @lru_cache(maxsize=1)
 def golden_net(model_type):
     """The network of the golden outputs: every tensor but the position tables from a generator seeded by its name."""
-    net = models.create_model(model_type, in_size=32, in_channels=4, num_classes=1000)
+    net = models.build_model(model_type, in_size=32, in_channels=4, num_classes=1000)
     weights = {name: tensor if "pos_embed" in name else
                0.05 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
                for name, tensor in net.state_dict().items()}

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 import models
-from models.precond import EDMPrecond
+from models import EDMPrecond
 
 
 class Recorder(torch.nn.Module):
     """Stands for the network: returns 3 + 2 x and remembers what it was given."""
     in_size, in_channels, patch_size, num_tokens, num_classes = 4, 3, 2, 4, 5
 
-    def forward(self, x, c_noise, class_labels=None, mask=None, modulations=None):
+    def forward(self, x, c_noise, class_labels=None, mask=None):
         self.x, self.c_noise, self.class_labels = x, c_noise, class_labels
         return 3 + 2 * x
 
@@ -34,7 +34,7 @@ def test_result_and_network_input_are_float32():
 
 def test_one_sigma_for_all_equals_the_same_sigma_for_each():
     torch.manual_seed(0)
-    net = models.create_model("DiT-S/2", 4, 3, 5, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
+    net = models.build_model("DiT-S/2", in_size=4, in_channels=3, num_classes=5, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x = torch.randn(6, 3, 4, 4)
@@ -45,7 +45,7 @@ def test_one_sigma_for_all_equals_the_same_sigma_for_each():
 
 
 def test_label_num_classes_and_no_label_are_the_same():
-    net = models.create_model("DiT-S/2", 4, 3, 5, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
+    net = models.build_model("DiT-S/2", in_size=4, in_channels=3, num_classes=5, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x, sigma = torch.randn(2, 3, 4, 4), torch.tensor([0.3, 3.0])
@@ -64,7 +64,7 @@ def test_bad_labels_are_refused(class_labels, message):
 
 
 def test_labels_for_an_unconditional_model_are_refused():
-    net = models.create_model("DiT-S/2", 4, 3, 0, depth=1, width=24, num_heads=3)
+    net = models.build_model("DiT-S/2", in_size=4, in_channels=3, num_classes=0, depth=1, width=24, num_heads=3)
     with pytest.raises(ValueError, match="num_classes=0"):
         net(torch.randn(2, 3, 4, 4), 1.0, torch.tensor([0, 1]))
 

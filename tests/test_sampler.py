@@ -1,11 +1,13 @@
+import inspect
 import itertools
 import math
 
 import pytest
 import torch
 
-from models import SharedConditioning, ablation_sampler, create_model, edm_sampler, guided
+from models import SAMPLERS, ablation_sampler, build_model, edm_sampler, guided
 from models.samplers import SCHEDULES, edm_sigmas
+from utils.cli import UserError
 
 SIGMA_DATA = 0.5
 COMBINATIONS = list(itertools.product(("vp", "ve", "iddpm", "edm"), ("vp", "ve", "linear"), ("vp", "none")))
@@ -102,6 +104,28 @@ def test_churn_keeps_the_distribution():
     assert abs(torch.corrcoef(torch.stack([latents.flatten(), unchurned.flatten()]))[0, 1]) < 0.5
 
 
+@pytest.mark.parametrize("S_churn, gamma", [(0.3, 0.1), (0.9, 0.3), (100.0, 2**0.5 - 1)])
+def test_churn_adds_noise_up_to_the_limit(S_churn, gamma):
+    """One Euler step from sigma 4, whose slope is that of sigma (1 + gamma), by hand: gamma = S_churn / num_steps, at most sqrt(2) - 1.
+
+    The three steps of the 3-step run start at 4, 1 and 0.25; only the first is in the range.
+    """
+    def denoiser(x, sigma, class_labels):
+        levels.append(sigma.item())
+        return torch.zeros_like(x)  # the flow goes straight to 0: x changes as sigma does
+
+    levels, noise, eps = [], torch.full((1, 1, 1, 1), 0.5), 2.0
+    latents = ablation_sampler(denoiser, noise, num_steps=3, solver="euler", discretization="ve", sigma_min=0.25, sigma_max=4.0,
+                               S_churn=S_churn, S_min=2.0, S_noise=1.5, randn_like=lambda x: torch.full_like(x, eps))
+    assert levels == pytest.approx([4 * (1 + gamma), 1.0, 0.25])
+    assert latents.item() == pytest.approx(0.0, abs=1e-12)
+    after = []
+    ablation_sampler(lambda x, sigma, labels: after.append(x.item()) or x, noise, num_steps=3, solver="euler", discretization="ve",
+                     sigma_min=0.25, sigma_max=4.0, S_churn=S_churn, S_min=2.0, S_noise=1.5, randn_like=lambda x: torch.full_like(x, eps))
+    added = 4 * math.sqrt((1 + gamma) ** 2 - 1)
+    assert after[0] == pytest.approx(4 * 0.5 + added * 1.5 * eps, rel=1e-6)
+
+
 def test_churn_draws_once_per_step_and_only_when_asked():
     draws = []
 
@@ -130,11 +154,29 @@ def test_progress_is_told_of_every_step():
     (dict(num_steps=0), "num_steps=0"),
     (dict(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
     (dict(alpha=0.0), "alpha"),
+    (dict(alpha=1.5), "alpha"),
+    (dict(epsilon_s=1.0), "epsilon_s=1.0"),
+    (dict(rho=0.0), "rho=0.0"),
+    (dict(sigma_max=math.inf), "sigma_max=inf"),
+    (dict(sigma_min=math.nan), "sigma_min=nan"),
+    (dict(S_churn=-1.0), "S_churn >= 0"),
+    (dict(S_churn=math.nan), "S_churn >= 0"),
+    (dict(S_noise=0.0), "S_noise > 0"),
+    (dict(S_churn=1.0, S_min=2.0, S_max=1.0), "S_min <= S_max"),
     (dict(discretization="iddpm", sigma_min=80.0, sigma_max=80.1), "no iddpm noise level"),
 ])
-def test_bad_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        ablation_sampler(gaussian_denoiser, torch.randn(1, 1, 2, 2), **options)
+def test_bad_options_are_refused_before_the_model_is_called(options, message):
+    with pytest.raises(UserError, match=message):
+        ablation_sampler(None, torch.randn(0, 1, 2, 2), **options)
+    if options.keys() <= inspect.signature(edm_sampler).parameters.keys():
+        with pytest.raises(UserError, match=message):
+            edm_sampler(None, torch.randn(0, 1, 2, 2), **options)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_call_on_an_empty_batch_checks_the_options(name):
+    latents = SAMPLERS[name](gaussian_denoiser, torch.zeros(0, 3, 4, 4), None, num_steps=3, S_churn=1.0)
+    assert latents.shape == (0, 3, 4, 4) and latents.dtype == torch.float64
 
 
 # ---- guidance
@@ -161,7 +203,7 @@ def test_guidance_extrapolates_in_one_batch():
 
 def test_guidance_takes_a_sigma_per_sample():
     torch.manual_seed(0)
-    net = create_model("DiT-S/2", 4, 3, 5, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
+    net = build_model("DiT-S/2", in_size=4, in_channels=3, num_classes=5, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     x, sigma, labels = torch.randn(2, 3, 4, 4), torch.tensor([0.5, 4.0]), torch.tensor([1, 3])
@@ -185,47 +227,20 @@ def test_interval_guides_only_inside():
     assert net.batches == [1, 2, 2, 1]
 
 
-def tiny_net(num_classes=5):
-    torch.manual_seed(0)
-    net = create_model("DiT-S/2", 4, 3, num_classes, depth=1, width=24, num_heads=3, decoder_depth=1, decoder_width=16)
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return net.requires_grad_(False)
-
-
-@pytest.mark.parametrize("cfg_scale, interval, num_steps, calls", [
-    (1.0, None, 6, [2] * 6),             # one call per noise level, one row per class
-    (3.0, None, 6, [3] * 6),             # and one for no class
-    (3.0, (0.05, 3.0), 4, [2, 2, 3, 2])])  # sigmas 80, 9.7, 0.47, 0.002
-def test_conditioning_is_computed_once_per_noise_level_and_class(cfg_scale, interval, num_steps, calls):
-    net, rows = tiny_net(), []
-    x, labels = torch.randn(3, 3, 4, 4), torch.tensor([4, 1, 4])
-    expected = edm_sampler(guided(net, cfg_scale, interval), x, labels, num_steps=num_steps)
-    net.model.final_layer.adaLN_modulation.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
-    latents = edm_sampler(guided(SharedConditioning(net), cfg_scale, interval), x, labels, num_steps=num_steps)
-    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)  # float32 sums in another order
-    assert rows == calls
-
-
-def test_new_labels_or_another_sigma_are_noticed():
-    net = tiny_net()
-    shared, x = SharedConditioning(net), torch.randn(2, 3, 4, 4)
-    for sigma, labels in ((1.0, torch.tensor([0, 1])), (2.0, None), (1.0, torch.tensor([2, 3])), (1.0, None), (1.0, torch.tensor([5, 0]))):
-        torch.testing.assert_close(shared(x, torch.tensor(sigma), labels), net(x, torch.tensor(sigma), labels), rtol=1e-5, atol=1e-5)
-
-
-def test_shared_conditioning_of_a_net_without_classes():
-    net, x = tiny_net(num_classes=0), torch.randn(2, 3, 4, 4)
-    torch.testing.assert_close(SharedConditioning(net)(x, 1.5), net(x, 1.5), rtol=1e-5, atol=1e-5)
-
-
 def test_guidance_without_classes_is_refused():
     with pytest.raises(ValueError, match="needs class_labels"):
         guided(ClassNet(), 2.0)(torch.zeros(1, 1, 2, 2), 1.0)
     unconditional = ClassNet()
     unconditional.num_classes = 0
-    with pytest.raises(ValueError, match="num_classes=0"):
+    with pytest.raises(UserError, match="num_classes=0"):
         guided(unconditional, 2.0)
+
+
+@pytest.mark.parametrize("cfg_scale, interval, message", [
+    (math.inf, None, "cfg_scale=inf"), (math.nan, None, "cfg_scale=nan"), (2.0, (3.0, 1.0), r"cfg_interval=\[3.0, 1.0\]")])
+def test_impossible_guidance_is_refused(cfg_scale, interval, message):
+    with pytest.raises(UserError, match=message):
+        guided(ClassNet(), cfg_scale, interval)
 
 
 def test_sampling_keeps_no_graph():

@@ -130,8 +130,7 @@ def step_seed(seed, rank, step):
 
 def make_loss(train, net):
     """The loss of a TrainConfig for a bare network."""
-    return EDMLoss(train.P_mean, train.P_std, mae_loss_coef=train.mae_loss_coef, patch_size=net.patch_size,
-                   token_multiple=train.token_multiple)
+    return EDMLoss(train.P_mean, train.P_std, mae_loss_coef=train.mae_loss_coef, patch_size=net.patch_size)
 
 
 def train_step(state, model, loss, batch, labels, encode, generator):
@@ -155,9 +154,9 @@ def train_step(state, model, loss, batch, labels, encode, generator):
         last = i == len(rounds) - 1
         with contextlib.nullcontext() if last or model is state.net else model.no_sync():
             with autocast(train.amp, state.device):
-                parts = loss.parts(model, latents, part_labels, ratio, generator)
-            denoising, mae = parts.denoising.mean(), parts.mae.mean()
-            total = denoising + train.mae_loss_coef * mae
+                parts = loss(model, latents, part_labels, ratio, generator)
+            denoising, mae = parts["denoising"].mean(), parts["mae"].mean()
+            total = sum(loss.weights.get(name, 1.0) * values.mean() for name, values in parts.items())
             state.stepper.backward(total / len(rounds))
         losses += torch.stack([total, denoising, mae]).detach() / len(rounds)
 
@@ -360,8 +359,8 @@ def _rehearse(state, model, loss):
     latents = torch.zeros(train.batchsize // train.grad_accum, net.in_channels, net.in_size, net.in_size, device=state.device)
     labels = torch.zeros(len(latents), dtype=torch.int64, device=state.device) if net.num_classes else None
     with autocast(train.amp, state.device):
-        parts = loss.parts(model, latents, labels, train.mask_ratio, torch.Generator(state.device).manual_seed(0))
-    (parts.denoising + parts.mae).sum().backward()
+        parts = loss(model, latents, labels, train.mask_ratio, torch.Generator(state.device).manual_seed(0))
+    sum(values.sum() for values in parts.values()).backward()
     state.optimizer.zero_grad(set_to_none=True)
 
 

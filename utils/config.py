@@ -81,8 +81,7 @@ class TrainConfig:
     amp: Amp = "fp16"  # fp16 uses loss scaling and is for GPUs: a CPU runs float32 instead
     tf32: bool = True  # let float32 matrix products round their inputs to TF32 on GPUs
     compile: Literal["auto", True, False] = "auto"  # torch.compile, block by block; auto: on GPUs where it is possible, never on a CPU
-    cuda_graphs: bool = False  # going away with the next two, as soon as training and benchmarks do not read them any more
-    token_multiple: int = number(1, above=0)
+    cuda_graphs: bool = False  # going away with switch_off, as soon as training and benchmarks do not read them any more
     switch_off: tuple[SpeedUp, ...] = ()
     deterministic: bool = True  # deterministic GPU kernels, which bit-exact resume needs
     activation_checkpointing: bool = False  # less memory, a third more compute
