@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from utils.cli import UserError
-from utils.config import KEYS, Config, ModelConfig, SampleConfig, from_dict, gone_keys, load_config, model_arguments, notes, to_dict, to_yaml
+from utils.config import from_dict, gone_keys, load_config, model_arguments, to_dict, to_yaml
+from utils.schema import KEYS, Config, ModelConfig, SampleConfig, notes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,9 +22,9 @@ def write(folder, text):
 @pytest.mark.parametrize("override, nearest", [
     ("train.batch_size=4", "did you mean 'train.batchsize'?"),
     ("train.learning_rate=1", "'train."),
-    ("trian.lr=1", "did you mean 'train'?"),
+    ("trian.lr=1", "did you mean 'train.lr'?"),
     ("train.cfg_scale=2", "did you mean 'sample.cfg_scale'?"),
-    ("modle.in_size=8", "did you mean 'model'?"),
+    ("modle.in_size=8", "did you mean 'model.in_size'?"),
     ("zzz=1", "the sections are model, data, vae, train, sample, eval, log"),
 ])
 def test_unknown_key_names_the_nearest(override, nearest):
@@ -60,7 +61,7 @@ def test_unknown_key_in_a_file_is_refused(tmp_path):
     ("train=5", "train=5 is a section; set its keys"),
     ("--lr", "argument '--lr' is not understood; overrides look like train.lr=1e-4"),
     ("train.lr", "argument 'train.lr' is not understood; overrides look like train.lr=1e-4"),
-    ("sample.num_steps=[", "'sample.num_steps=[' cannot be read"),
+    ("sample.num_steps=[", "sample.num_steps=[ is not valid YAML"),
     ("data.root=${data.rot}", "data.root: Interpolation key 'data.rot' not found"),
     (f"train.lr=1{'0' * 400}", "wanted a number, got int"),
 ])
@@ -73,31 +74,31 @@ def test_wrong_types_name_key_value_and_what_is_wanted(override, wanted):
 @pytest.mark.parametrize("overrides, wanted", [
     (["train.batchsize=100", "train.grad_accum=8"], "train.batchsize=100 must be divisible by train.grad_accum=8; try 96 or 104"),
     (["train.batchsize=0"], "train.batchsize=0 must be above 0"),
-    (["train.weight_decay=-1"], "train.weight_decay=-1.0 must be at least 0"),
-    (["train.lr=nan"], "train.lr=nan must be a finite number"),
-    (["train.lr=inf"], "train.lr=inf must be a finite number"),
-    (["sample.cfg_scale=inf"], "sample.cfg_scale=inf must be a finite number"),
-    (["sample.S_max=nan"], "sample.S_max=nan must be a finite number"),
+    (["train.weight_decay=-1"], "train.weight_decay=-1.0 must be at least 0 and below inf"),
+    (["train.lr=nan"], "train.lr=nan must be above 0 and below inf"),
+    (["train.lr=inf"], "train.lr=inf must be above 0 and below inf"),
+    (["sample.cfg_scale=inf"], "sample.cfg_scale=inf must be above 0 and below inf"),
+    (["sample.S_max=nan"], "sample.S_max=nan must be at least 0"),
     (["data.scale=[1,0,1,1]"], "data.scale=[1, 0, 1, 1] must be above 0"),
     (["train.betas=[0.9,1]"], "train.betas=(0.9, 1.0) must be at least 0 and below 1"),
     ([f"train.seed={2**64}"], "train.seed=18446744073709551616 must be at least 0 and below 18446744073709551616"),
-    (["train.seed=-1"], "train.seed=-1 must be at least 0"),
+    (["train.seed=-1"], "train.seed=-1 must be at least 0 and below 18446744073709551616"),
     (["train.mask_ratio=1"], "train.mask_ratio=1.0 must be at least 0 and below 1"),
     (["model.in_size=31"], "model.in_size=31 must be divisible by the patch size of model.model_type=DiT-XL/2; try 30 or 32"),
     (["model.width=100", "model.num_heads=3"], "model.width=100 must be divisible by model.num_heads=3; try 99 or 102"),
     (["model.decoder_num_heads=7"], "model.decoder_width=512 must be divisible by model.decoder_num_heads=7; try 511 or 518"),
-    (["model.options.width=3"], "model.options.width=3 hides a key of its own; set model.width"),
-    (["sample.options.rho=3"], "sample.options.rho=3 hides a key of its own; set sample.rho"),
-    (["sample.sigma_min=3", "sample.sigma_max=2"], "sample.sigma_min=3.0 must be below sample.sigma_max=2.0"),
+    (["model.options.width=3"], "model.options.width hides a key of its own; set model.width"),
+    (["sample.options.rho=3"], "sample.options.rho hides a key of its own; set sample.rho"),
+    (["sample.sigma_min=3", "sample.sigma_max=2"], "sample.sigma_min=3.0 must not be above sample.sigma_max=2.0"),
     (["sample.S_min=3", "sample.S_max=2"], "sample.S_min=3.0 must not be above sample.S_max=2.0"),
-    (["train.mask_ratio=0.2", "train.mask_ratio_min=0.3"], "train.mask_ratio_min=0.3 is above train.mask_ratio=0.2"),
+    (["train.mask_ratio=0.2", "train.mask_ratio_min=0.3"], "train.mask_ratio_min=0.3 must not be above train.mask_ratio=0.2"),
     (["model.use_decoder=false"], "train.mask_ratio=0.5 needs the decoder"),
     (["train.mask_ratio_fn=cos7"], "train.mask_ratio_fn='cos7': wanted one of constant, linear, exp, cosine2"),
     (["train.amp=fp8"], "train.amp='fp8': wanted one of fp16, bf16, no"),
     (["sample.cfg_interval=[2,1]"], "sample.cfg_interval=[2.0, 1.0]: wanted [sigma_lo, sigma_hi]"),
     (["eval.every=10"], "eval.every=10 needs eval.ref_path"),
     (["log.exp_name=a/b"], "log.exp_name='a/b' is a name, not a path"),
-    (["data.resolution=100"], "data.resolution=100 must be a multiple of 8"),
+    (["data.resolution=100"], "data.resolution=100 must be divisible by 8, the pixels in a latent value; try 96 or 104"),
 ])
 def test_impossible_combinations_are_refused(overrides, wanted):
     with pytest.raises(UserError) as refusal:
@@ -129,7 +130,7 @@ def test_round_trips(tmp_path):
 
 @pytest.mark.parametrize("content, wanted", [
     ("- 1\n", "run.yaml: wanted sections"), ("a: [", "run.yaml is not valid YAML"), ("train: ${nothing}\n", "is a section"),
-    ("train: {lr: 1, lr: 2}", "found duplicate key"), (b"\xff\xfe\x00", "run.yaml is not valid YAML: 'utf-8' codec")])
+    ("train: {lr: 1, lr: 2}", "found duplicate key"), (b"\xff\xfe\x00", "run.yaml cannot be read .'utf-8' codec")])
 def test_files_that_are_no_config_are_refused(tmp_path, content, wanted):
     (tmp_path / "run.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=wanted) as refusal:
@@ -138,9 +139,9 @@ def test_files_that_are_no_config_are_refused(tmp_path, content, wanted):
 
 
 def test_a_folder_and_a_name_too_long_are_told(tmp_path):
-    with pytest.raises(UserError, match="cannot be read \\(Is a directory\\)"):
+    with pytest.raises(UserError, match="cannot be read .*Is a directory"):
         load_config(tmp_path)
-    with pytest.raises(UserError, match="cannot be read \\(File name too long\\)"):
+    with pytest.raises(UserError, match="cannot be read .*File name too long"):
         load_config(tmp_path / ("x" * 300))
 
 
@@ -162,7 +163,7 @@ def test_shipped_configs_load(path):
 
 def test_every_key_is_read_outside_the_schema():
     """A key is read where an attribute of its name is taken, or named in a function that uses getattr. The model section goes to the network whole."""
-    files = [path for folder in ("", "utils", "dataset", "models", "fid", "sampling", "training") for path in (ROOT / folder).glob("*.py") if path.name != "config.py"]
+    files = [path for folder in ("", "utils", "dataset", "models", "fid", "sampling", "training") for path in (ROOT / folder).glob("*.py") if path.name != "schema.py"]
     nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     for function in nodes:
@@ -200,7 +201,7 @@ def test_gone_keys_of_old_checkpoints_are_forgiven_and_named():
 def test_solver_set_of_old_checkpoints_becomes_the_sampler():
     sample = from_dict(old_config(solver_set="ablation", solver="euler"), forgive=True).sample
     assert (sample.sampler, sample.solver, sample.scaling) == ("ablation", "euler", "none")
-    with pytest.raises(UserError, match="unknown key 'sample.solver_set'; it is gone: set sample.sampler instead"):
+    with pytest.raises(UserError, match="sample.solver_set is gone; set sample.sampler instead"):
         load_config(None, ["sample.solver_set=edm"])
 
 
@@ -209,7 +210,7 @@ def test_solver_set_of_old_checkpoints_becomes_the_sampler():
     (["train.mask_ratio=0.99", "model.in_size=8"], ["train.mask_ratio=0.99 would keep less than one of 16 patches: one is kept"]),
     (["train.mask_ratio_min=0.1"], ["train.mask_ratio_min=0.1 has no effect, because train.mask_ratio_fn is constant"]),
     (["model.num_classes=0", "sample.cfg_scale=1.5"], ["sample.cfg_scale=1.5 has no effect: without classes (model.num_classes=0) there is no guidance"]),
-    (["sample.cfg_interval=[0.1,2]"], ["sample.cfg_interval=[0.1, 2.0] has no effect: sample.cfg_scale=1 turns guidance off"]),
+    (["sample.cfg_interval=[0.1,2]"], ["sample.cfg_interval=(0.1, 2.0) has no effect: sample.cfg_scale=1 turns guidance off"]),
     (["sample.cfg_interval=[0.1,2]", "sample.cfg_scale=2"], []),
 ])
 def test_settings_without_effect_are_told(overrides, told):

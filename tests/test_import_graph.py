@@ -22,10 +22,10 @@ ROOMS = {
     "training.watch": {"utils", "models", "dataset", "sampling", "fid"},
     "scripts": {"utils", "models", "dataset", "sampling", "training", "fid"},
 }
-UTILS_ROWS = ["cli", "config class_names files", "distributed", "logging precision images", "download"]  # each imports rows above its own only
+UTILS_ROWS = ["cli", "schema class_names files", "config", "distributed", "logging precision images", "download"]  # each imports rows above its own only
 PACKAGES = ("models", "utils", "dataset", "fid", "sampling", "training")
 TOOLS = ("scripts", "benchmarks", "experiments")  # they may import what the top-level scripts may
-NO_TORCH = ["utils.cli", "utils.config", "utils.class_names", "download_assets"]
+NO_TORCH = ["utils.cli", "utils.schema", "utils.config", "utils.class_names", "utils.files", "download_assets"]
 
 # Import names of requirements that are called otherwise, and of what comes with them.
 PACKAGE_OF = {"PIL": "pillow", "urllib3": "requests", "torch.utils.tensorboard": "tensorboard",

@@ -1,0 +1,236 @@
+"""Every key of the config with its type, default, limits and meaning, and which values go together. No torch in here.
+
+A new key is one line in its section here and the line that reads it. utils/config.py reads YAML files and overrides into this tree.
+"""
+
+import dataclasses
+import math
+import operator
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional
+
+from utils.cli import UserError
+
+LIMITS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt}
+Amp = Literal["fp16", "bf16", "no"]
+MASK_SCHEDULES = ("constant", "linear", "exp", "cosine2", "cosine3", "cosine4", "cosine5", "cosine6")
+SHORT_NAMES = ("const", "cos2", "cos3", "cos4", "cos5", "cos6")  # of the same, in published configs
+SpeedUp = Literal["fused_adamw", "foreach_ema", "static_graph", "bucket_views", "read_ahead", "keep_memory"]
+
+
+def number(default, **limits):
+    """A key whose numbers lie within limits: above, at_least, below (None: infinity is let in). null is always let in."""
+    limits.setdefault("below", math.inf)
+    return field(default=default, metadata={"above": -math.inf} | limits)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model_type: str = "DiT-XL/2"  # DiT-{S,B,L,XL,H}/{1,2,4,8}: depth, width and heads from the paper's table; or a network of your own
+    in_size: int = number(32, above=0)  # height and width of the latents
+    in_channels: int = number(4, above=0)
+    num_classes: int = number(1000, at_least=0)  # 0: no classes, so no guidance either
+    use_decoder: bool = True  # False: plain DiT, the baseline
+    depth: Optional[int] = number(None, above=0)  # this and the next two replace the table's values
+    width: Optional[int] = number(None, above=0)
+    num_heads: Optional[int] = number(None, above=0)
+    decoder_depth: int = number(8, above=0)
+    decoder_width: int = number(512, above=0)
+    decoder_num_heads: int = number(16, above=0)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # further arguments of the network, as in model.options.window=4
+
+    @property
+    def patch_size(self):
+        """N of a model_type like DiT-S/N; None for networks whose names are of another kind."""
+        named = re.fullmatch(r"DiT-\w+/([1-9]\d*)", self.model_type)
+        return int(named[1]) if named else None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    root: str = ""  # stored latents (train_latent.py) or images (train.py)
+    xflip: bool = False  # add the mirrored copy of every sample
+    scale: Any = number(None, above=0)  # latents are (encoded - shift) * scale; a number or one per channel; null: what the data say
+    shift: Any = number(None)
+    resolution: int = number(256, above=0)  # train.py: images are centre-cropped to this many pixels
+    num_workers: int = number(4, at_least=0)  # train.py: threads that decode images
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    path: str = "assets/autoencoder_kl.pth"  # diffusers folder, hub id or latent-diffusion .pth
+    amp: Amp = "no"  # precision of encoding in train.py and of decoding
+    batchsize: int = number(32, above=0)  # images decoded at once; smaller batches are tried when memory runs out
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    loss: str = "edm"  # a name in models.LOSSES
+    batchsize: int = number(128, above=0)  # images per process and optimizer step
+    grad_accum: int = number(1, above=0)  # rounds that the batch is split into
+    max_num_steps: int = number(2_000_000, above=0)  # optimizer steps of this run, counted from the checkpoint that it starts from
+    lr: float = number(1e-4, above=0)
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up; the others fall to 0 at max_num_steps
+    warmup_images: int = number(0, at_least=0)  # the learning rate rises linearly over this many images
+    betas: tuple[float, float] = number((0.9, 0.999), at_least=0, below=1)
+    weight_decay: float = number(0.0, at_least=0)
+    grad_clip: float = number(0.0, at_least=0)  # largest gradient norm; 0: off
+    ema_decay: float = number(0.9999, at_least=0, below=1)
+    amp: Amp = "fp16"  # fp16 uses loss scaling and is for GPUs: a CPU runs float32 instead
+    tf32: bool = True  # let float32 matrix products round their inputs to TF32 on GPUs
+    compile: Literal["auto", True, False] = "auto"  # torch.compile, block by block; auto: on GPUs where it is possible, never on a CPU
+    cuda_graphs: bool = False  # going away with switch_off, as soon as training and benchmarks do not read them any more
+    switch_off: tuple[SpeedUp, ...] = ()
+    deterministic: bool = True  # deterministic GPU kernels, which bit-exact resume needs
+    activation_checkpointing: bool = False  # less memory, a third more compute
+    mask_ratio: float = number(0.5, at_least=0, below=1)  # share of the patches that the encoder does not see, at the start
+    mask_ratio_min: float = number(0.0, at_least=0, below=1)  # the share that falling schedules end at
+    mask_ratio_fn: Literal[MASK_SCHEDULES + SHORT_NAMES] = "constant"
+    mae_loss_coef: float = number(0.1, at_least=0)  # weight of the loss on removed patches
+    class_dropout_prob: float = number(0.1, at_least=0, below=1)  # how often the class is hidden, which guidance needs
+    P_mean: float = number(-1.2)  # ln(sigma) ~ N(P_mean, P_std^2)
+    P_std: float = number(1.2, above=0)
+    seed: int = number(0, at_least=0, below=2**64)
+    max_bad_steps: int = number(20, above=0)  # steps with NaN or Inf gradients in a row that end the run
+    timeout_s: float = number(1800.0, above=0)  # longest wait for another process
+
+    def uses(self, speed_up):
+        return speed_up not in self.switch_off
+
+    @property
+    def mask_ratio_varies(self):
+        return self.mask_ratio_fn not in ("constant", "const") and self.mask_ratio > self.mask_ratio_min
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    sampler: Optional[str] = None  # edm | ablation | another name in models.SAMPLERS; null: ablation if one of its choices is set, else edm
+    num_steps: int = number(40, above=0)
+    cfg_scale: float = number(1.0, above=0)  # 1: no guidance
+    cfg_interval: Optional[tuple[float, float]] = number(None, at_least=0, below=None)  # guide only for sigma in (lo, hi]
+    sigma_min: Optional[float] = number(None, above=0)  # null: 0.002, or what the discretization implies
+    sigma_max: Optional[float] = number(None, above=0)  # null: 80, or what the discretization implies
+    rho: float = number(7.0, above=0)
+    S_churn: float = number(0.0, at_least=0)
+    S_min: float = number(0.0, at_least=0)
+    S_max: float = number(math.inf, at_least=0, below=None)
+    S_noise: float = number(1.0, above=0)
+    solver: Optional[Literal["euler", "heun"]] = None  # this and the next three are for the ablation sampler; null: heun
+    discretization: Optional[Literal["vp", "ve", "iddpm", "edm"]] = None  # null: edm
+    schedule: Optional[Literal["vp", "ve", "linear"]] = None  # null: linear
+    scaling: Optional[Literal["vp", "none"]] = None  # null: none
+    options: dict[str, Any] = field(default_factory=dict, hash=False)  # further arguments of the sampler, as in sample.options.order=3
+    batchsize: int = number(50, above=0)  # images sampled at once, per process
+    amp: Amp = "no"  # precision of the network
+    compile: bool = False  # torch.compile, block by block; pays for many images: the first ones wait for it
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = number(0, at_least=0)  # training: steps between evaluations; 0: never
+    ref_path: str = ""  # reference statistics or images
+    metrics: str = ""  # comma-separated: fid,sfid,is,precision,recall,kid; empty: fid in training, else all that ref_path can serve
+    embedding: str = "inception"  # inception | pixels | classifier folder | timm model name
+    weights: Optional[str] = None  # weights file of the embedding; null: its place in assets/
+    num_images: int = number(5000, above=0)
+    num_steps: int = number(18, above=0)  # sampler steps of an evaluation during training
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    results_dir: str = "results"
+    exp_name: str = ""  # folder below results_dir; empty: the config file's name
+    log_every: int = number(100, above=0)  # steps between lines of loss and speed
+    ckpt_every: int = number(50_000, above=0)  # steps between checkpoints; the last step is always saved
+    keep_last: int = number(3, at_least=0)  # checkpoints kept besides those of keep_every; 0: all
+    keep_every: int = number(0, at_least=0)  # checkpoints at multiples of this many steps are kept for ever; 0: none
+    sample_every: int = number(0, at_least=0)  # steps between sample grids from the EMA weights; 0: only at the end
+    num_grid_images: int = number(36, above=0)
+    tensorboard: bool = False
+    wandb: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+SECTIONS = {section.name: section.type for section in dataclasses.fields(Config)}
+KEYS = {f"{section}.{key.name}": key for section, kind in SECTIONS.items() for key in dataclasses.fields(kind)}
+
+
+def check(config):
+    """Refuse numbers outside their limits and keys that do not go together."""
+    values = {name: getattr(getattr(config, name.partition(".")[0]), key.name) for name, key in KEYS.items()}
+    for name, value in values.items():
+        _check_limits(name, value)
+    model, data, train, sample, log = config.model, config.data, config.train, config.sample, config.log
+    ends = [("train.mask_ratio_min", "train.mask_ratio"), ("sample.sigma_min", "sample.sigma_max"), ("sample.S_min", "sample.S_max")]
+    for low, high in ends:
+        if None not in (values[low], values[high]) and values[low] > values[high]:
+            raise UserError(f"{low}={values[low]} must not be above {high}={values[high]}")
+    if sample.cfg_interval is not None and not sample.cfg_interval[0] < sample.cfg_interval[1]:
+        raise UserError(f"sample.cfg_interval={list(sample.cfg_interval)}: wanted [sigma_lo, sigma_hi] with sigma_lo below sigma_hi")
+    _check_divides("train.batchsize", train.batchsize, f"train.grad_accum={train.grad_accum}", train.grad_accum)
+    _check_divides("data.resolution", data.resolution, "8, the pixels in a latent value", 8)
+    if model.patch_size:  # else the sizes are a matter of the network's class
+        _check_divides("model.in_size", model.in_size, f"the patch size of model.model_type={model.model_type}", model.patch_size)
+        _check_divides("model.width", model.width, f"model.num_heads={model.num_heads}", model.num_heads)
+        heads = model.decoder_num_heads
+        _check_divides("model.decoder_width", model.decoder_width, f"model.decoder_num_heads={heads}", heads)
+    for name in ("data.scale", "data.shift"):
+        value = 0 if values[name] is None else values[name]
+        numbers = value if isinstance(value, list) else [value] * model.in_channels
+        if len(numbers) != model.in_channels or not all(type(number) in (int, float) for number in numbers):
+            raise UserError(f"{name}={value!r}: wanted a number, or a list of model.in_channels={model.in_channels} numbers")
+    for section, options in (("model", model.options), ("sample", sample.options)):
+        for key in options:
+            if f"{section}.{key}" in KEYS:
+                raise UserError(f"{section}.options.{key} hides a key of its own; set {section}.{key}")
+    if train.mask_ratio > 0 and not model.use_decoder:
+        raise UserError(f"train.mask_ratio={train.mask_ratio} needs the decoder that fills in removed patches, but "
+                        f"model.use_decoder=false; set train.mask_ratio=0 or model.use_decoder=true")
+    if config.eval.every and not config.eval.ref_path:
+        raise UserError(f"eval.every={config.eval.every} needs eval.ref_path: the statistics or images to compare with")
+    if "/" in log.exp_name or log.exp_name in (".", ".."):
+        raise UserError(f"log.exp_name={log.exp_name!r} is a name, not a path; the place is log.results_dir")
+
+
+def _check_limits(name, value):
+    """Hold a number, or each number of a list, against the limits of its key. NaN is outside of all limits."""
+    limits = {word: limit for word, limit in KEYS[name].metadata.items() if limit is not None}
+    for number in value if isinstance(value, (tuple, list)) else [value]:
+        if type(number) in (int, float) and not all(LIMITS[word](number, limit) for word, limit in limits.items()):
+            wanted = [f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items() if limit != -math.inf]
+            raise UserError(f"{name}={value} must be {' and '.join(wanted)}")
+
+
+def _check_divides(name, number, by, divisor):
+    if number and divisor and number % divisor:
+        low = number // divisor * divisor
+        near = f"{low} or {low + divisor}" if low else divisor
+        raise UserError(f"{name}={number} must be divisible by {by}; try {near}")
+
+
+def notes(config, *sections):
+    """What to tell the user at the start about these sections: settings that are allowed but do less than they seem to."""
+    train, sample = config.train, config.sample
+    tokens = (config.model.in_size // config.model.patch_size) ** 2 if config.model.patch_size else math.inf
+    candidates = [
+        (tokens * (1 - train.mask_ratio) < 1,
+         f"train.mask_ratio={train.mask_ratio} would keep less than one of {tokens} patches: one is kept"),
+        (train.mask_ratio_min > 0 and train.mask_ratio_fn in ("constant", "const"),
+         f"train.mask_ratio_min={train.mask_ratio_min} has no effect, because train.mask_ratio_fn is constant"),
+        (config.model.num_classes == 0 and sample.cfg_scale != 1,
+         f"sample.cfg_scale={sample.cfg_scale} has no effect: without classes (model.num_classes=0) there is no guidance"),
+        (sample.cfg_scale == 1 and sample.cfg_interval is not None,
+         f"sample.cfg_interval={sample.cfg_interval} has no effect: sample.cfg_scale=1 turns guidance off"),
+    ]
+    return [text for holds, text in candidates if holds and text.partition(".")[0] in sections]
