@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -28,7 +29,8 @@ RENAMES = [
     (r"(quant_conv|post_quant_conv)\.", r"\1."),
 ]
 
-TRAINING_PREFIXES = ("loss.", "model_ema.")  # what a first-stage training file holds besides the autoencoder
+TRAINING_PREFIXES = ("loss.", "model_ema.")  # what the file of an autoencoder's own training holds besides it
+FETCH = "`python3 download_assets.py --name vae` fetches the published one"
 
 
 def sample_moments(moments, generator=None, scale=SCALE, shift=0.0):
@@ -52,7 +54,7 @@ def _per_channel(value, latents):
     """A number as it is; a sequence of one number per channel as a tensor (C, 1, 1) that multiplies latents."""
     if isinstance(value, (int, float)):
         return value
-    return torch.tensor(value, dtype=torch.float32).reshape(-1, 1, 1).to(latents.device, non_blocking=True)
+    return torch.as_tensor(value, dtype=torch.float32).reshape(-1, 1, 1).to(latents.device, non_blocking=True)
 
 
 class Autoencoder(nn.Module):
@@ -78,11 +80,11 @@ class Autoencoder(nn.Module):
     def encode_moments(self, images):
         """images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, H/f, W/f) float32: means, then unclamped log-variances.
 
-        Raises ValueError for another shape, or sides that are not multiples of f = downsample.
+        Raises ValueError for another shape, UserError for sides that are not multiples of f = downsample.
         """
         channels = self.vae.config.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
-            raise UserError(f"images have shape {tuple(images.shape)}, wanted (B, {channels}, H, W)")
+            raise ValueError(f"images have shape {tuple(images.shape)}, wanted (B, {channels}, H, W)")
         if images.shape[2] % self.downsample or images.shape[3] % self.downsample:
             raise UserError(f"images are {images.shape[2]}x{images.shape[3]}; this autoencoder needs sides that are "
                             f"multiples of {self.downsample}: crop or resize them")
@@ -92,11 +94,11 @@ class Autoencoder(nn.Module):
     def decode(self, latents):
         """latents (B, C, h, w), scaled -> images (B, 3, h*f, w*f) float32, about [-1, 1] (not clipped).
 
-        Decodes at most decode_batch at once. When the GPU runs out of memory, halves that and goes on;
-        raises torch.cuda.OutOfMemoryError if one image alone does not fit.
+        Decodes at most decode_batch at once. When the GPU runs out of memory, halves that and goes on.
+        Raises torch.cuda.OutOfMemoryError if one image alone does not fit, ValueError for another shape.
         """
         if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise UserError(f"latents have shape {tuple(latents.shape)}, wanted (B, {self.latent_channels}, h, w)")
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted (B, {self.latent_channels}, h, w)")
         images = []
         done = 0
         while done < len(latents):
@@ -128,60 +130,57 @@ def load_autoencoder(path_or_id, device=None, dtype=torch.float32):
 
     path_or_id: a diffusers AutoencoderKL folder (or one with such a `vae/` inside), a state dict file in
         latent-diffusion naming such as the published `autoencoder_kl.pth`, or a Hugging Face id.
-    Raises FileNotFoundError if there is nothing at the path or id, ValueError if it is no such autoencoder.
+    Raises UserError if there is nothing at the path or id, or if it is no such autoencoder.
     """
-    path = Path(path_or_id)
-    if path.is_file():
-        vae = _load_latent_diffusion(path)
-    elif path.is_dir():
-        vae = _load_folder(path)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)) and not path.parent.is_dir():
-        vae = _load_hub(str(path_or_id))
+    if os.path.isfile(path_or_id):
+        vae = _load_latent_diffusion(Path(path_or_id))
+    elif os.path.isdir(path_or_id):
+        vae = _load_folder(Path(path_or_id))
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_id)) and not os.path.isdir(os.path.dirname(path_or_id)):
+        vae = _load_folder(_fetch(str(path_or_id)))
     else:
-        raise UserError(f"no autoencoder at {path_or_id}: wanted a diffusers folder or an autoencoder_kl.pth file; "
-                        f"`python3 download_assets.py --name vae` fetches the published one")
+        raise UserError(f"no autoencoder at {path_or_id}: wanted a diffusers folder or an autoencoder_kl.pth file; {FETCH}")
     return Autoencoder(vae).to(device=device, dtype=dtype)
 
 
 def _load_folder(folder):
     """A diffusers AutoencoderKL from folder/ or folder/vae/."""
-    homes = [home for home in (folder, folder / "vae") if (home / "config.json").is_file()]
-    if not homes:
-        raise UserError(f"{folder} holds no autoencoder: neither config.json nor vae/config.json is there; "
-                        f"`python3 download_assets.py --name vae` fetches the published one")
-    kind = json.loads((homes[0] / "config.json").read_text()).get("_class_name")
-    if kind != "AutoencoderKL":
-        raise UserError(f"{homes[0]}/config.json describes {kind}, wanted AutoencoderKL")
-    try:
-        return _from_pretrained(homes[0])
-    except OSError as error:
-        raise UserError(f"{homes[0]} cannot be loaded: {error}") from error
-
-
-def _load_hub(hub_id):
-    """A diffusers AutoencoderKL from the Hugging Face hub or its local cache; a pipeline's id finds its vae/."""
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    failures = []
-    for kwargs in ({}, {"subfolder": "vae"}):
-        try:
-            return _from_pretrained(hub_id, **kwargs)
-        except OSError as error:
-            failures.append(error.__context__ or error)
-        if isinstance(failures[-1], LocalEntryNotFoundError):  # the hub is out of reach: asking again only takes time
-            break
-    raise UserError(f"no autoencoder at {hub_id}: no such file or folder here, and fetching it from Hugging Face failed "
-                    f"({str(failures[0]).strip().splitlines()[0]}); `python3 download_assets.py --name vae` fetches "
-                    f"the published one") from failures[0]
-
-
-def _from_pretrained(source, **kwargs):
     from diffusers import AutoencoderKL
 
-    # low_cpu_mem_usage=False: no need of accelerate, and no notice about it
-    vae, info = AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False, output_loading_info=True, **kwargs)
-    _check_keys(source, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    homes = [home for home in (folder, folder / "vae") if (home / "config.json").is_file()]
+    if not homes:
+        raise UserError(f"{folder} holds no autoencoder: neither config.json nor vae/config.json is there; {FETCH}")
+    home, loaded = homes[0], None
+    try:
+        kind = json.loads((home / "config.json").read_text()).get("_class_name")
+        if kind == "AutoencoderKL":
+            # low_cpu_mem_usage=False: no need of accelerate, and no notice about it
+            loaded = AutoencoderKL.from_pretrained(home, low_cpu_mem_usage=False, output_loading_info=True)
+    except Exception as error:  # json, diffusers and safetensors each have kinds of their own
+        raise UserError(f"{home} cannot be loaded: {_first_line(error)}") from error
+    if loaded is None:
+        raise UserError(f"{home}/config.json describes {kind}, wanted AutoencoderKL")
+    vae, info = loaded
+    _check_keys(home, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return vae
+
+
+def _fetch(hub_id):
+    """The folder of a Hugging Face id's autoencoder (a pipeline's is in its vae/) in the local cache, downloaded if need be."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    files = ("config.json", "diffusion_pytorch_model.safetensors")
+    unreachable = None
+    try:
+        HfApi().model_info(hub_id, timeout=5)  # asked first, because a download tries again for minutes
+    except Exception as error:  # of the HTTP library that this version of huggingface_hub uses
+        unreachable = error
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[*files, *(f"vae/{name}" for name in files)],
+                                      local_files_only=unreachable is not None))
+    except Exception as error:
+        raise UserError(f"no autoencoder at {hub_id}: no such file or folder here, and fetching it from Hugging Face failed "
+                        f"({_first_line(unreachable or error)}); {FETCH}") from error
 
 
 def _load_latent_diffusion(path):
@@ -208,9 +207,9 @@ def _read_state(path):
     """The autoencoder's tensors of a file: bare, under `state_dict`, or inside a whole latent diffusion model."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here: pickle, zip, end of file, runtime
-        raise UserError(f"{path} is not a file of plain weights, or is damaged; nothing in it was run "
-                        f"({str(error).splitlines()[0]})") from error
+    except Exception as error:  # torch raises many kinds here (pickle, zip, end of file, runtime), with advice that is not ours
+        raise UserError(f"{path} is damaged, or no file of plain weights (tensors by name), which is all that is read from one; "
+                        f"nothing in it was run; {FETCH}") from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -223,8 +222,8 @@ def _read_state(path):
 
 def _architecture(path, state):
     """AutoencoderKL arguments, read off tensor shapes; the number of groups, 32, is diffusers' default too."""
-    firsts = _count_up(state, "encoder.down.{}.block.0.conv1.weight")
-    blocks = _count_up(state, "encoder.down.0.block.{}.conv1.weight")
+    firsts = [value for key, value in sorted(state.items()) if re.fullmatch(r"encoder\.down\.\d\.block\.0\.conv1\.weight", key)]
+    blocks = [key for key in state if re.fullmatch(r"encoder\.down\.0\.block\.\d\.conv1\.weight", key)]
     ends = [state.get(key) for key in ("encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")]
     if not firsts or any(end is None or end.ndim != 4 for end in ends):
         raise UserError(f"{path} is no autoencoder in latent-diffusion naming: wanted encoder.conv_in.weight, "
@@ -236,14 +235,6 @@ def _architecture(path, state):
         down_block_types=("DownEncoderBlock2D",) * len(firsts), up_block_types=("UpDecoderBlock2D",) * len(firsts),
         mid_block_add_attention="encoder.mid.attn_1.q.weight" in state, scaling_factor=SCALE,
     )
-
-
-def _count_up(state, pattern):
-    """state[pattern with 0], state[pattern with 1], ... as far as they go."""
-    found = []
-    while pattern.format(len(found)) in state:
-        found.append(state[pattern.format(len(found))])
-    return found
 
 
 def _rename(key, levels):
@@ -260,6 +251,10 @@ def _check_keys(source, missing, unknown):
     if missing or unknown:
         raise UserError(f"{source} does not fit its architecture: missing {_some(missing) or 'nothing'}; "
                         f"unknown {_some(unknown) or 'nothing'}")
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _some(keys):

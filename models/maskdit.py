@@ -3,7 +3,7 @@
 Source: Zheng et al. 2024, "Fast Training of Diffusion Models with Masked Transformers".
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 from torch import nn
@@ -15,12 +15,7 @@ from .layers import (DiTBlock, LabelEmbedder, ModulatedLinear, PatchEmbed, Times
 from .masking import gather_tokens
 
 
-class Size(NamedTuple):
-    depth: int
-    width: int
-    num_heads: int
-
-
+Size = namedtuple("Size", "depth width num_heads")
 SIZES = {
     "S": Size(12, 384, 6),
     "B": Size(12, 768, 12),
