@@ -1,6 +1,9 @@
+"""What a user types for a class, and the index that it means."""
+
 import pytest
 
 from utils.class_names import load_imagenet_class_names, resolve_class
+from utils.cli import UserError
 
 GARMENTS = ["T-shirt/top", "Trouser", "Dress", "Shirt", "Ankle boot", "Shirt"]
 
@@ -34,34 +37,48 @@ def test_names_of_another_set():
 
 @pytest.mark.parametrize("text", ["1000", "-1"])
 def test_index_out_of_range(imagenet, text):
-    with pytest.raises(ValueError, match=f"class {text} is out of range; wanted 0 to 999"):
+    with pytest.raises(UserError, match=f"class {text} is out of range; wanted 0 to 999"):
         resolve_class(text, imagenet)
 
 
 def test_ambiguous_part_lists_its_matches(imagenet):
-    with pytest.raises(ValueError, match=r"'panda' is ambiguous: lesser panda \(387\), giant panda \(388\); give more"):
+    with pytest.raises(UserError, match=r"'panda' is ambiguous: lesser panda \(387\), giant panda \(388\); give more"):
         resolve_class("panda", imagenet)
-    with pytest.raises(ValueError, match="and [0-9]+ more"):
+    with pytest.raises(UserError, match="and [0-9]+ more"):
         resolve_class("e", imagenet)
 
 
 def test_name_that_two_classes_have_is_ambiguous():
-    with pytest.raises(ValueError, match=r"Shirt \(3\), Shirt \(5\)"):
+    with pytest.raises(UserError, match=r"Shirt \(3\), Shirt \(5\)"):
         resolve_class("shirt", GARMENTS)
 
 
 def test_case_decides_only_between_names_that_differ_in_nothing_else(imagenet):
     assert resolve_class("Cardigan", imagenet) == 264 and resolve_class("cardigan", imagenet) == 474
-    with pytest.raises(ValueError, match="ambiguous"):
+    with pytest.raises(UserError, match="ambiguous"):
         resolve_class("CARDIGAN", imagenet)
 
 
 def test_misspelt_name_is_told_with_near_ones(imagenet):
-    with pytest.raises(ValueError, match=r"near it: golden retriever \(207\)"):
+    with pytest.raises(UserError, match=r"near it: golden retriever \(207\)"):
         resolve_class("goldn retreiver", imagenet)
 
 
 @pytest.mark.parametrize("text", ["", "qqqqqq", "2.5"])
 def test_nothing_near(imagenet, text):
-    with pytest.raises(ValueError, match="is unknown; no name is near it"):
+    with pytest.raises(UserError, match="is unknown; no name is near it"):
         resolve_class(text, imagenet)
+
+
+@pytest.mark.parametrize("text", ["blå", "bla", "BLÅBÄR", "blabar", "bla\u030aba\u0308r"])
+def test_accents_do_not_matter(text):
+    assert resolve_class(text, ["smultron", "blåbär", "hallon"]) == 1
+
+
+def test_unknown_name_of_a_small_set_is_told_with_all_names(imagenet):
+    with pytest.raises(UserError, match=r"'hat' is unknown; the classes are T-shirt/top \(0\), .*, Shirt \(5\); give"):
+        resolve_class("hat", GARMENTS)
+    with pytest.raises(UserError, match=r"the classes are c0 \(0\).* c19 \(19\); give"):
+        resolve_class("hat", [f"c{index}" for index in range(20)])
+    with pytest.raises(UserError, match="no name is near it"):
+        resolve_class("hat", [f"c{index}" for index in range(21)])

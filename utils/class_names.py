@@ -1,11 +1,12 @@
-"""Class names: what a user types to the index that the network takes."""
+"""Class names: from what a user types to the index that the network takes."""
 
 import difflib
-from pathlib import Path
+import unicodedata
 
-from utils.cli import UserError
+from utils.cli import PROJECT_ROOT, UserError
 
-IMAGENET_FILE = Path(__file__).resolve().parent.parent / "assets" / "imagenet_classes.txt"
+IMAGENET_FILE = PROJECT_ROOT / "assets" / "imagenet_classes.txt"
+FEW = 20  # so many names are all listed when a name is unknown
 
 
 def load_imagenet_class_names():
@@ -16,14 +17,16 @@ def load_imagenet_class_names():
 def resolve_class(text, class_names):
     """Index of the class that `text` means: an index, a name, or a part that only one name has.
 
-    Case does not matter; "_" and "-" count as spaces, so that golden_retriever needs no quotes.
-    Raises ValueError for an index out of range, an unknown name (with near ones) or an ambiguous part (with its matches).
+    Case and accents do not matter; "_" and "-" count as spaces, so that golden_retriever needs no quotes.
+    Raises UserError for an index out of range, an unknown name (with all names or the near ones) or an ambiguous part.
     """
     text = str(text).strip()
     if text.removeprefix("-").isdecimal():
-        return _in_range(int(text), len(class_names))
+        if not 0 <= int(text) < len(class_names):
+            raise UserError(f"class {text} is out of range; wanted 0 to {len(class_names) - 1}")
+        return int(text)
     wanted, names = _plain(text), [_plain(name) for name in class_names]
-    matches = (_indices(name == text for name in class_names)       # ImageNet has the dog Cardigan and the garment cardigan
+    matches = (_indices(name == text for name in class_names)  # first: ImageNet has the dog Cardigan and the garment cardigan
                or _indices(name == wanted for name in names)
                or _indices(wanted in name for name in names if wanted))
     if len(matches) == 1:
@@ -32,6 +35,8 @@ def resolve_class(text, class_names):
         raise UserError(f"class {text!r} is ambiguous: {_listed(matches, class_names)}; give more of the name, or the index")
     near = [names.index(name) for name in difflib.get_close_matches(wanted, names, n=3)]
     hint = f"near it: {_listed(near, class_names)}" if near else "no name is near it"
+    if len(class_names) <= FEW:
+        hint = f"the classes are {_listed(range(len(class_names)), class_names, FEW)}"
     raise UserError(f"class {text!r} is unknown; {hint}; give a name, a part of one, or an index from 0 to {len(class_names) - 1}")
 
 
@@ -39,14 +44,11 @@ def _indices(matches):
     return [index for index, match in enumerate(matches) if match]
 
 
-def _in_range(index, num_classes):
-    if not 0 <= index < num_classes:
-        raise UserError(f"class {index} is out of range; wanted 0 to {num_classes - 1}")
-    return index
-
-
 def _plain(name):
-    return " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
+    """In lower case, without accents, words apart by one space."""
+    letters = unicodedata.normalize("NFKD", name.casefold())
+    unaccented = "".join(letter for letter in letters if not unicodedata.combining(letter))
+    return " ".join(unaccented.replace("_", " ").replace("-", " ").split())
 
 
 def _listed(indices, class_names, most=6):

@@ -1,4 +1,4 @@
-"""How every script starts and ends: arguments and overrides apart; a user's mistake is one line, a bug a traceback."""
+"""How every script starts and ends: settings apart from options, mistakes of the user in one line, bugs with their traceback."""
 
 import difflib
 import os
@@ -15,28 +15,28 @@ EXIT_OTHER_FAILED = 1
 EXIT_BAD = 3  # finished, but the result is bad: most steps failed, or images had NaN
 EXIT_STOPPED = 75  # the run was asked to stop, saved, and can go on: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-SAME_NOTICE_S = 3.0  # a launcher passes a Ctrl-C that its workers got too: the echo is not a second signal
+SAME_NOTICE_S = 3.0  # Ctrl-C reaches a worker from the terminal and from its launcher: within this time it is one signal
 
 
 class UserError(ValueError):
-    """Something that the user, not a programmer, has to mend; the text says what it was, what is wanted and what to do."""
+    """A mistake that the user can mend. The text says which key or file, what it was, what is wanted and what to do."""
 
 
 def split_overrides(argv):
-    """Take the key=value overrides of the config, such as train.lr=1e-4, out of a command line: (rest, overrides).
+    """Take the overrides of the config, such as train.lr=1e-4, out of a command line: (rest, overrides).
 
-    For argparse, which would take an override after `--class_idx 3` as another class.
+    Else argparse would read an override after `--class_idx 3` as another class.
     """
     overrides = [text for text in argv if re.match(r"\w+(\.\w+)+=", text)]
     return [text for text in argv if text not in overrides], overrides
 
 
 def parse_with_overrides(parser, argv=None):
-    """(args, overrides) of a command line whose key=value overrides may stand anywhere. A misspelt option is a UserError."""
+    """(args, overrides) of a command line in which overrides may stand anywhere. A misspelt option is a UserError."""
     rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     args, unknown = parser.parse_known_args(rest)
     for text in unknown:
-        if text.startswith("-") or "=" not in text:  # else it is an override that lacks its section: the config says so
+        if text.startswith("-") or "=" not in text:  # lr=1 is an override without its section: the config knows the right one
             close = difflib.get_close_matches(text.partition("=")[0], re.findall(r"--\w+", parser.format_help()), n=1)
             hint = f"did you mean {close[0]}?" if close else "see --help"
             raise UserError(f"argument {text!r} is not understood; {hint} (settings look like train.lr=1e-4)")
@@ -46,8 +46,8 @@ def parse_with_overrides(parser, argv=None):
 def run(main):
     """Call `main()` and exit with its return value (None means 0).
 
-    A UserError is one line on stderr and exit code 2. Every other exception is a bug and shows its traceback, a plain ValueError
-    or OSError too. A process that ends only because another one did says which. MASKDIT_DEBUG=1 shows all tracebacks.
+    A UserError is one line on stderr and exit code 2. Every other exception is a bug and shows its traceback. A process that ends
+    because another one failed says which. MASKDIT_DEBUG=1 shows all tracebacks.
     """
     try:
         code = main()
@@ -61,7 +61,7 @@ def run(main):
         if code is None:
             traceback.print_exc()
             code = EXIT_OTHER_FAILED
-    if "RANK" in os.environ:  # one of several: PyTorch's threads now and then abort the interpreter's way out, and the exit code is lost
+    if "RANK" in os.environ:  # PyTorch's threads sometimes abort while Python shuts down, and the exit code would be lost
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code or 0)
@@ -69,7 +69,7 @@ def run(main):
 
 
 def _report(error):
-    """Tell the user about `error`, and the other processes too; returns the exit code, or None if a traceback is due."""
+    """Print what `error` means for the user, and note it for the other processes; returns the exit code, None for a bug."""
     distributed = sys.modules.get("utils.distributed")
     several = distributed is not None and distributed.world_size() > 1
     if several:
@@ -80,10 +80,11 @@ def _report(error):
     first = not several or distributed.note_failure(f"{type(error).__name__}: {error}")
     if not isinstance(error, UserError) or os.environ.get("MASKDIT_DEBUG"):
         return None
-    if several and first:
-        print(f"error on rank {distributed.rank()}: {error}", file=sys.stderr, flush=True)
-    elif not several and int(os.environ.get("RANK", 0)) == 0:  # before the group exists every process finds the same
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    text = " ".join(str(error).splitlines())
+    if several and first:  # what all processes find is told once
+        print(f"error on rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
+    elif not several and int(os.environ.get("RANK", 0)) == 0:  # not connected yet: all processes find the same
+        print(f"error: {text}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 
 
@@ -96,10 +97,10 @@ def str_to_bool(text):
 
 
 class StopNotice:
-    """`requested` turns true at the first signal; a second one ends the process at once. A context manager.
+    """A context in which the first SIGTERM, SIGINT or SIGUSR1 sets `requested`, and a second one ends the process at once.
 
-    Once the context is left in good order, what is asked for is done: later signals are ignored, so that a launcher that
-    tidies up does not change the exit code.
+    After a stop that was asked for, signals are ignored: a launcher may send some more while it tidies up, and they must not
+    change the exit code.
     """
 
     def __init__(self):
