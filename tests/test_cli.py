@@ -98,7 +98,8 @@ def make_parser():
 
 
 def test_overrides_are_told_from_options_and_their_values():
-    argv = ["--class_idx", "3", "sample.num_steps=5", "--ckpt_path", "runs/lr=1/x.pt", "model.options.a=b=c", "--exp_name", "lr=3", "--a=b.c=d"]
+    argv = ["--class_idx", "3", "sample.num_steps=5", "--ckpt_path", "runs/lr=1/x.pt", "model.options.a=b=c", "--exp_name", "lr=3",
+            "--a=b.c=d"]
     rest, overrides = split_overrides(argv)
     assert overrides == ["sample.num_steps=5", "model.options.a=b=c"]
     assert rest == [text for text in argv if text not in overrides]

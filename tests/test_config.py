@@ -116,7 +116,8 @@ def test_values_are_read_as_meant(tmp_path):
     config = load_config(write(tmp_path, "train:\n  amp: no\n  lr: 1e-4\n  betas: [0.8, 0]\nmodel:\n  depth: null\nlog:\n  exp_name: 7\n"),
                          ["sample.S_max=inf", "train.warmup_images=5"])
     assert config.train.amp == "no" and config.train.lr == 1e-4 and config.train.betas == (0.8, 0.0)
-    assert [load_config(None, [f"train.compile={word}"]).train.compile for word in ("auto", "true", "false", "True")] == ["auto", True, False, True]
+    compile_modes = [load_config(None, [f"train.compile={word}"]).train.compile for word in ("auto", "true", "false", "True")]
+    assert compile_modes == ["auto", True, False, True]
     assert load_config().train.compile == "auto" and load_config(write(tmp_path, "train: {compile: off}")).train.compile is False
     assert config.model.depth is None and config.log.exp_name == "7" and config.sample.S_max == float("inf")
 
@@ -162,9 +163,12 @@ def test_shipped_configs_load(path):
 
 
 def test_every_key_is_read_outside_the_schema():
-    """A key is read where an attribute of its name is taken, or named in a function that uses getattr. The model section goes to the network whole."""
-    files = [path for folder in ("", "utils", "dataset", "models", "fid", "sampling", "training") for path in (ROOT / folder).glob("*.py") if path.name != "schema.py"]
-    nodes = [node for path in files for node in ast.walk(ast.parse(path.read_text()))]
+    """A key is read where an attribute of its name is taken, or where a function that uses getattr names it.
+
+    The model section goes to the network as a whole.
+    """
+    files = [path for folder in (".", "utils", "dataset", "models", "fid", "sampling", "training") for path in (ROOT / folder).glob("*.py")]
+    nodes = [node for path in files if path.name != "schema.py" for node in ast.walk(ast.parse(path.read_text()))]
     read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     for function in nodes:
         inside = list(ast.walk(function)) if isinstance(function, ast.FunctionDef) else []
@@ -175,7 +179,8 @@ def test_every_key_is_read_outside_the_schema():
 
 
 def test_model_arguments_are_the_model_section_flat():
-    config = load_config(None, ["model.model_type=Toy/2", "model.in_size=7", "model.options.window=4", "train.activation_checkpointing=true"])
+    config = load_config(None, ["model.model_type=Toy/2", "model.in_size=7", "model.options.window=4",
+                                "train.activation_checkpointing=true"])
     arguments = model_arguments(config)
     assert arguments["window"] == 4 and arguments["activation_checkpointing"] is True and arguments["in_size"] == 7
     assert arguments.keys() == {key.name for key in dataclasses.fields(config.model)} - {"options"} | {"window", "activation_checkpointing"}
@@ -209,7 +214,8 @@ def test_solver_set_of_old_checkpoints_becomes_the_sampler():
     ([], []),
     (["train.mask_ratio=0.99", "model.in_size=8"], ["train.mask_ratio=0.99 would keep less than one of 16 patches: one is kept"]),
     (["train.mask_ratio_min=0.1"], ["train.mask_ratio_min=0.1 has no effect, because train.mask_ratio_fn is constant"]),
-    (["model.num_classes=0", "sample.cfg_scale=1.5"], ["sample.cfg_scale=1.5 has no effect: without classes (model.num_classes=0) there is no guidance"]),
+    (["model.num_classes=0", "sample.cfg_scale=1.5"],
+     ["sample.cfg_scale=1.5 has no effect: without classes (model.num_classes=0) there is no guidance"]),
     (["sample.cfg_interval=[0.1,2]"], ["sample.cfg_interval=(0.1, 2.0) has no effect: sample.cfg_scale=1 turns guidance off"]),
     (["sample.cfg_interval=[0.1,2]", "sample.cfg_scale=2"], []),
 ])

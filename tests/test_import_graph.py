@@ -22,7 +22,8 @@ ROOMS = {
     "training.watch": {"utils", "models", "dataset", "sampling", "fid"},
     "scripts": {"utils", "models", "dataset", "sampling", "training", "fid"},
 }
-UTILS_ROWS = ["cli", "schema class_names files", "config", "distributed", "logging precision images", "download"]  # each imports rows above its own only
+# Each module of utils/ imports those of the rows before its own only.
+UTILS_ROWS = ["cli", "schema class_names files", "config", "distributed", "logging precision images", "download"]
 PACKAGES = ("models", "utils", "dataset", "fid", "sampling", "training")
 TOOLS = ("scripts", "benchmarks", "experiments")  # they may import what the top-level scripts may
 NO_TORCH = ["utils.cli", "utils.schema", "utils.config", "utils.class_names", "utils.files", "download_assets"]
@@ -130,10 +131,12 @@ import numpy, torch
 def state():
     backends = torch.backends
     return {
-        "random": hash(random.getstate()), "numpy": hash(numpy.random.get_state()[1].tobytes()), "torch": hash(torch.get_rng_state().numpy().tobytes()),
+        "random": hash(random.getstate()), "numpy": hash(numpy.random.get_state()[1].tobytes()),
+        "torch": hash(torch.get_rng_state().numpy().tobytes()),
         "cudnn": [backends.cudnn.enabled, backends.cudnn.benchmark, backends.cudnn.deterministic, backends.cudnn.allow_tf32],
         "matmul": [backends.cuda.matmul.allow_tf32, torch.get_float32_matmul_precision()],
-        "grad": torch.is_grad_enabled(), "dtype": str(torch.get_default_dtype()), "threads": [torch.get_num_threads(), threading.active_count()],
+        "grad": torch.is_grad_enabled(), "dtype": str(torch.get_default_dtype()),
+        "threads": [torch.get_num_threads(), threading.active_count()],
         "deterministic": torch.are_deterministic_algorithms_enabled(), "environment": dict(os.environ), "folder": os.getcwd(),
         "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
     }
