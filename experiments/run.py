@@ -149,7 +149,7 @@ def _real_batches(setting, data, images, count, decoded):
         indices = stream_indices(images.num_images, 0, start, min(size, count - start))
         pixels, labels = map(torch.from_numpy, images.read(indices))
         if decoded:
-            yield data.decode(data.encode(torch.from_numpy(data.dataset.read(indices)[0]), generator)), labels
+            yield data.decode(data.encode(torch.from_numpy(data.dataset.read(indices)[0]), generator))[0], labels
         else:
             yield pixels.permute(0, 2, 3, 1).contiguous().numpy(), labels
 

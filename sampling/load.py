@@ -1,10 +1,11 @@
-"""From a checkpoint file to weights and to a network that is ready to sample.
+"""From a checkpoint file to weights, and to a network that is ready to sample.
 
-A checkpoint is verified before use, and nothing that it contains is executed. Ours have a manifest beside them (NNNNNNN.json:
-size and sha256), which training/checkpoint.py writes.
+A checkpoint is checked before use, and nothing in it is executed. Ours have a manifest beside them (NNNNNNN.json: size and
+sha256), which training/checkpoint.py writes.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -15,10 +16,12 @@ from pathlib import Path
 
 import torch
 
+from models import build_model
 from models.layers import sincos_positions
 from models.maskdit import SIZES
+from utils.class_names import load_imagenet_class_names
 from utils.cli import UserError
-from utils.config import ModelConfig
+from utils.config import ModelConfig, from_dict, gone_keys, load_config, model_arguments
 from utils.logging import say
 from utils.precision import DTYPES, effective_amp, use_compile
 
@@ -26,10 +29,10 @@ WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 
 
 def load_checkpoint(path):
-    """Read a checkpoint dict onto the CPU, ours or the published format.
+    """Read a checkpoint onto the CPU as a dict, ours or a published one.
 
-    Nothing in the file is executed: only tensors, plain containers and argparse.Namespace (the published `args`) are let in.
-    Raises FileNotFoundError, or ValueError saying what is wrong with the file.
+    Only tensors, plain containers and argparse.Namespace (the published `args`) are let in. Raises UserError saying what is
+    wrong with the file.
     """
     path = Path(path)
     if not path.is_file():
@@ -55,7 +58,7 @@ def load_checkpoint(path):
 
 
 def _check_types(content, path):
-    wanted = {"model": dict, "ema": dict, "opt": dict, "step": int, "images_seen": int, "config": dict}
+    wanted = {"model": dict, "ema": dict, "opt": dict, "step": int, "images_seen": int, "config": dict, "latents": dict}
     for key, kind in wanted.items():
         if key in content and not isinstance(content[key], kind):
             raise UserError(f"checkpoint {path}: its {key!r} is a {type(content[key]).__name__}, wanted a {kind.__name__}")
@@ -65,19 +68,11 @@ def _check_types(content, path):
         raise UserError(f"checkpoint {path}: its 'opt' is not the state of an optimizer")
 
 
-def load_weights(path, which="ema"):
-    """State dict of a checkpoint under the published names (`model.x_embedder.proj.weight`, ...), wrapper prefixes removed.
-
-    which: "ema" or "model". A file that is itself a state dict is returned as it is.
-    Raises FileNotFoundError, or ValueError if the file is damaged or has no such weights.
-    """
-    return weights_of(load_checkpoint(path), which, path)
-
-
 def weights_of(checkpoint, which, path):
-    """The same for a checkpoint that is already loaded; `path` is for messages."""
-    if which not in ("ema", "model"):
-        raise UserError(f"which={which!r}: wanted 'ema' or 'model'")
+    """The "ema" or "model" weights of a loaded checkpoint under the published names (`model.pos_embed`, ...), as a state dict.
+
+    A checkpoint that is a state dict itself is returned as it is. path: for messages. Raises UserError if there are none.
+    """
     if any(key in checkpoint for key in ("ema", "model")):
         if which not in checkpoint:
             found = ", ".join(str(key) for key in checkpoint)
@@ -105,10 +100,10 @@ def steps_done(checkpoint):
     return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
 
 
-def load_weights_into(net, weights, path, skip_mismatched=False):
-    """Load a state dict into `net`. Raises ValueError listing by name what is missing, unknown or of another shape.
+def load_weights_into(net, weights, path, skip_mismatched=False, remedy="check the model section of the config"):
+    """Load a state dict into `net`. Raises UserError with the names of what is missing, unknown or of another shape.
 
-    skip_mismatched: say it instead, and leave those out; position tables of another grid are interpolated to this one.
+    skip_mismatched: leave those out and say so; position tables of another grid are interpolated. remedy: what the error advises.
     """
     own = net.state_dict()
     if skip_mismatched:
@@ -119,8 +114,7 @@ def load_weights_into(net, weights, path, skip_mismatched=False):
                                for name in weights.keys() & own.keys() if not fits[name]}}
     problems = "; ".join(f"{kind}: {_some_of(sorted(names))}" for kind, names in misfits.items() if names)
     if problems and not skip_mismatched:
-        raise UserError(f"checkpoint {path} does not fit the model; {problems}. "
-                        f"Check the model section of the config, or leave these out with --skip_mismatched")
+        raise UserError(f"checkpoint {path} does not fit the model; {problems}; {remedy}")
     if not any(fits.values()):
         raise UserError(f"checkpoint {path} has nothing that fits the model; {problems}")
     if problems:
@@ -129,7 +123,7 @@ def load_weights_into(net, weights, path, skip_mismatched=False):
 
 
 def _fit_positions(name, value, own, path):
-    """A fixed position table of another grid, made anew in units of that grid; anything else as it is."""
+    """A position table of another grid, computed for the grid of the network; anything else as it is."""
     if not name.endswith("pos_embed") or name not in own or value.dim() != 3 or value.shape[2] != own[name].shape[2]:
         return value
     (old, width), new = value.shape[1:], own[name].shape[1]
@@ -145,7 +139,7 @@ def _some_of(names, count=6):
 
 
 def damage(path):
-    """What is wrong with a checkpoint file, or None. With a manifest beside it the whole file is checked against it."""
+    """What is wrong with a checkpoint file, or None. The manifest's checksum is compared if there is a manifest, else zip's own."""
     path = Path(path)
     manifest = manifest_path(path)
     if manifest.is_file():
@@ -174,8 +168,14 @@ def file_sha256(path):
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def checkpoint_digest(path):
+    """sha256 of a checkpoint that `load_checkpoint` has read: its manifest's, which was compared, or the file's own."""
+    manifest = manifest_path(Path(path))
+    return json.loads(manifest.read_text())["sha256"] if manifest.is_file() else file_sha256(path)
+
+
 def _refusal(error):
-    """Name the class that PyTorch's unpickler refused, from its long message."""
+    """Say which class PyTorch's unpickler refused, which its long message names."""
     named = re.search(r"(?:GLOBAL|class|global:?) ([\w]+\.[\w.]+)", str(error))
     what = f"it contains {named[1]}" if named else "its pickle is not readable"
     return f"{what}; only tensors, plain containers and argparse.Namespace are accepted, and nothing was executed"
@@ -189,8 +189,76 @@ def manifest_path(path):
     return path.with_suffix(".json")
 
 
+# ------------------------------------------------------------------------------------------------ networks
+
+def load_net(path, which, config_path, overrides, device):
+    """Load a checkpoint's network, ready to sample: (net, its Config, class names or None, latents as `check_latents` takes them).
+
+    config_path: a YAML file, or None: then the config comes from the checkpoint or, if that has none, from the shapes of its
+    weights. overrides: key=value, over both.
+    """
+    checkpoint = load_checkpoint(path)
+    weights = weights_of(checkpoint, which, path)
+    base = None
+    if "config" in checkpoint:
+        base = _config_of(checkpoint, path)
+    elif config_path is None:
+        base = dataclasses.replace(load_config(), model=infer_model_config(weights, path))
+    config = load_config(config_path, overrides, base)
+    net = build_model(**model_arguments(config)).to(device).eval().requires_grad_(False)
+    load_weights_into(net, weights, path)
+    prepare_network(net, config.sample, device)
+    class_names = checkpoint.get("class_names")
+    if class_names is None and net.num_classes == 1000:
+        class_names = load_imagenet_class_names()
+    return net, config, class_names, checkpoint.get("latents", {})
+
+
+def _config_of(checkpoint, path):
+    try:
+        config = from_dict(checkpoint["config"], forgive=True)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}, in its config: {error}") from error
+    gone = gone_keys(checkpoint["config"])
+    if gone:
+        say(f"checkpoint {path} was written by an older version; without effect today: {_some_of(gone)}")
+    return config
+
+
+def prepare_network(net, config, device):
+    """Bring a network that is only sampled with into the precision of a SampleConfig, and compile its blocks if that says so."""
+    amp = effective_amp(config.amp, device)
+    if amp != "no":
+        net.cast_layers(DTYPES[amp])
+    if use_compile(config.compile, device):
+        net.compile_blocks()  # for the first batch size; the next size recompiles once, for all sizes
+
+
+def check_latents(latents, autoencoder, whose, vae_path):
+    """Compare how a model's latents were made with the autoencoder that is to decode them, before any work.
+
+    latents: {"scale": number or one per channel, "shift": the same, "vae": digest}, of a checkpoint or a data set; what is
+    missing, None or "" is not compared. whose: names that in the message.
+    Numbers that no autoencoder can have (one per channel), or that were set for this very autoencoder, become the autoencoder's.
+    """
+    digest = latents.get("vae") or ""
+    same = digest == autoencoder.digest
+    if digest and not same:
+        raise UserError(f"{whose} was made with the autoencoder {digest}, but vae.path={vae_path} is {autoencoder.digest}; "
+                        f"give the one that the latents were made with (--vae or vae.path=...)")
+    for name in ("scale", "shift"):
+        there, here = latents.get(name), getattr(autoencoder, name)
+        if there is None:
+            continue
+        if same or isinstance(there, (list, tuple)):
+            setattr(autoencoder, name, there)
+        elif not math.isclose(there, here, rel_tol=1e-5, abs_tol=1e-8):
+            raise UserError(f"{whose} has latents of {name} {there:g}, but the autoencoder of vae.path={vae_path} has {here:g}; "
+                            f"give the one that the latents were made with (--vae or vae.path=...)")
+
+
 def infer_model_config(weights, path):
-    """The ModelConfig of a state dict that comes without one, read from its shapes. Raises ValueError if they do not tell."""
+    """The ModelConfig of a state dict that comes without one, read from its shapes. Raises UserError if they do not tell."""
     try:
         width, in_channels, patch_size, _ = weights["model.x_embedder.proj.weight"].shape
         num_tokens = weights["model.pos_embed"].shape[1]
@@ -210,12 +278,3 @@ def infer_model_config(weights, path):
 
 def _count_blocks(weights, prefix):
     return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})
-
-
-def prepare_network(net, config, device):
-    """Make a network that is only sampled with ready for it, as a SampleConfig says: its precision, compiled blocks."""
-    amp = effective_amp(config.amp, device)
-    if amp != "no":
-        net.cast_layers(DTYPES[amp])
-    if use_compile(config.compile, device):
-        net.compile_blocks()  # for the batch that comes first; for any other (without guidance, the last one) once more, for all sizes

@@ -1,10 +1,11 @@
-"""From seeds to images: per-seed noise and class, guided sampling, decoding.
+"""From seeds to images: noise and class of each seed, guided sampling, decoding, grids.
 
-An image depends on its seed alone: everything it draws comes from its own generator, on the CPU, in the order latent noise,
-class (when none is asked for), churn noise. Batch size and process count change only the order of sums inside matrix
-products.
+An image depends on its seed alone: everything it draws comes from its own generator, on the CPU, in this order: latent noise,
+class (when none is asked for), churn noise. Batch size and process count change only the order of sums inside matrix products.
 """
 
+import functools
+import inspect
 import math
 from typing import NamedTuple
 
@@ -12,12 +13,21 @@ import numpy as np
 import torch
 
 import models
-from models import ablation_sampler, edm_sampler, guided, load_autoencoder
+from models import SAMPLERS, guided, load_autoencoder
+from sampling.load import check_latents
 from utils import distributed
 from utils.cli import UserError
+from utils.config import SampleConfig
 from utils.images import save_grid, to_uint8
+from utils.logging import say
 from utils.precision import autocast
 
+CHOICES = ("solver", "discretization", "schedule", "scaling")  # setting one of them chooses the ablation sampler
+OPTIONS = ("num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", *CHOICES)
+MOST_ROWS = 16  # classes that a grid shows
+
+
+# ------------------------------------------------------------------------------------------------ seeds
 
 class SeedStreams:
     """One random generator per image seed (`seed % 2^32`), on the CPU, so that every device sees the same numbers."""
@@ -40,42 +50,8 @@ class SeedStreams:
         return drawn.to(x.device)
 
 
-def _split(seeds, batch_size):
-    return [seeds[i:i + batch_size] for i in range(0, len(seeds), batch_size)]
-
-
-class Batch(NamedTuple):
-    """One batch of samples. latents (B, C, H, W) float32; images (B, 8H, 8W, 3) uint8 NHWC, or None; class_labels (B,) or None."""
-
-    index: int
-    seeds: list
-    class_labels: torch.Tensor | None
-    latents: torch.Tensor
-    images: np.ndarray | None
-
-
-def build_model(model_config, train=None):
-    """The network of a ModelConfig, with fresh weights; train: a TrainConfig, to be trained as that says."""
-    arguments = dict(vars(model_config))
-    options = arguments.pop("options")
-    checkpointing = train is not None and train.activation_checkpointing
-    return models.build_model(**arguments, activation_checkpointing=checkpointing, **options)
-
-
-def build_sampler(config):
-    """SampleConfig -> sampler(model, noise, class_labels, randn_like=...) with every option bound."""
-    churn = {"S_churn": config.S_churn, "S_min": config.S_min, "S_max": config.S_max, "S_noise": config.S_noise}
-    sigmas = {key: getattr(config, key) for key in ("sigma_min", "sigma_max") if getattr(config, key) is not None}
-    options = {"num_steps": config.num_steps, "rho": config.rho, **sigmas, **churn}
-    choices = {key: getattr(config, key) for key in ("solver", "discretization", "schedule", "scaling") if getattr(config, key) is not None}
-    options |= config.options
-    if (config.sampler or ("ablation" if choices else "edm")) == "edm":
-        return lambda *args, **kwargs: edm_sampler(*args, **options, **kwargs)
-    return lambda *args, **kwargs: ablation_sampler(*args, **options, **choices, **kwargs)
-
-
 def draw_inputs(seeds, net, device, class_idx=()):
-    """What each seed fixes: its streams, latent noise (B, C, H, W) and class labels (B,) (None for an unconditional net).
+    """What each seed fixes: its streams, latent noise (B, C, H, W) and class labels (B,) (None for a net without classes).
 
     class_idx: the classes asked for; seed s gets class_idx[s % len(class_idx)]. Empty: each seed draws its own class.
     """
@@ -88,92 +64,172 @@ def draw_inputs(seeds, net, device, class_idx=()):
     return streams, noise, streams.randint(net.num_classes)
 
 
+def classes_of(seeds, net, class_idx=()):
+    """The class of each seed, as a list, or None for a net without classes."""
+    if not net.num_classes:
+        return None
+    return [int(draw_inputs([seed], net, "cpu", class_idx)[2]) for seed in seeds]
+
+
+def batches_of(seeds, batch_size):
+    """[(index, seeds), ...]: this process's share of the batches of all seeds, batch k on rank k mod the number of processes."""
+    batches = [seeds[i:i + batch_size] for i in range(0, len(seeds), batch_size)]
+    return list(enumerate(batches))[distributed.rank()::distributed.world_size()]
+
+
+# ------------------------------------------------------------------------------------------------ sampling
+
+def build_sampler(config):
+    """SampleConfig -> sampler(model, noise, class_labels, randn_like=..., progress=...) with every option bound.
+
+    Raises UserError for a sampler that SAMPLERS lacks, and for an option that is set but that the sampler does not take.
+    """
+    name = config.sampler or ("ablation" if any(getattr(config, key) is not None for key in CHOICES) else "edm")
+    if name not in SAMPLERS:
+        raise UserError(f"sample.sampler={name!r} is unknown; wanted one of {', '.join(SAMPLERS)}, or null")
+    taken = {sampler: inspect.signature(function).parameters for sampler, function in SAMPLERS.items()}
+    options = {}
+    for key in OPTIONS:
+        value = getattr(config, key)
+        if value != getattr(SampleConfig, key) or (value is not None and key in taken[name]):
+            options[key] = value
+    for key, value in (options | config.options).items():
+        if key not in taken[name]:
+            others = [sampler for sampler in SAMPLERS if key in taken[sampler]]
+            raise UserError(f"sample.{'options.' * (key in config.options)}{key}={value} is not an option of the sampler {name}, "
+                            + (f"but of {' and '.join(others)} (sample.sampler={others[0]})" if others else "nor of any other"))
+    return functools.partial(SAMPLERS[name], **options, **config.options)
+
+
+def check_sampler(config):
+    """Raise UserError, before any work, for a SampleConfig that cannot be sampled with: samplers check their options when called."""
+    sampler = build_sampler(config)
+    try:
+        sampler(lambda x, sigma, class_labels: x, torch.zeros(0, 1, 1, 1), randn_like=torch.zeros_like)
+    except ArithmeticError as error:
+        raise UserError(f"the sampler's options lead to numbers out of range ({error}); give values nearer to the defaults") from error
+    except TypeError as error:
+        if not config.options:
+            raise
+        raise UserError(f"sample.options={config.options}: {error}") from error
+
+
 @torch.no_grad()
 def sample_latents(net, seeds, config, device, class_idx=(), progress=None):
     """Sample the latents of some seeds as one batch: (latents (B, C, H, W) float32, class_labels (B,) or None)."""
     streams, noise, class_labels = draw_inputs(seeds, net, device, class_idx)
-    model = guided(net, config.cfg_scale, config.cfg_interval)
+    model = guided(net, config.cfg_scale if net.num_classes else 1, config.cfg_interval)
     with autocast(config.amp, device):
         latents = build_sampler(config)(model, noise, class_labels, randn_like=streams.randn_like, progress=progress)
     return latents.float(), class_labels
 
 
-def batches_of(seeds, batch_size):
-    """The fixed global batches of a list of seeds, and which of them are this process's: [(index, seeds), ...]."""
-    return [(k, batch) for k, batch in enumerate(_split(seeds, batch_size)) if k % distributed.world_size() == distributed.rank()]
+class Batch(NamedTuple):
+    """Samples of one batch of seeds. finite is False where the latents or the image have NaN or Inf."""
+
+    index: int
+    seeds: list
+    class_labels: torch.Tensor | None  # (B,)
+    latents: torch.Tensor              # (B, C, H, W) float32
+    images: np.ndarray | None          # (B, H, W, 3) uint8
+    finite: np.ndarray                 # (B,) bool
 
 
-def generate(net, decode, seeds, config, device, class_idx=(), progress=None, done=None):
-    """Yield this process's `Batch`es of the seeds, in order; those of which done(seeds) is true are passed over.
+def generate(net, decode, seeds, config, device, class_idx=(), progress=None):
+    """Yield this process's `Batch`es of the seeds, in order.
 
-    net: EDMPrecond in eval mode. decode: latents (B, C, h, w) -> images (B, H, W, 3) uint8; None leaves images None.
-    config: SampleConfig. progress: called with 1 after every sampler step.
+    net: EDMPrecond in eval mode. decode: see `image_decoder`; None leaves images None. config: SampleConfig.
+    progress: called with 1 after every sampler step.
     """
     for index, batch in batches_of(seeds, config.batchsize):
-        if done is not None and done(batch):
-            continue
         latents, class_labels = sample_latents(net, batch, config, device, class_idx, progress)
-        images = decode(latents) if decode is not None else None
-        yield Batch(index, batch, class_labels, latents, images)
+        images, finite = decode(latents) if decode is not None else (None, finite_rows(latents))
+        yield Batch(index, batch, class_labels, latents, images, finite)
 
 
-def image_decoder(vae_config, in_channels, device):
-    """decode(latents (B, C, h, w) scaled) -> images (B, H, W, 3) uint8 numpy, by the autoencoder of a VAEConfig.
+def finite_rows(values):
+    """(B,) bool numpy: which rows of a tensor (B, ...) have no NaN and no Inf."""
+    return values.isfinite().flatten(1).all(dim=1).cpu().numpy()
 
-    in_channels: those of the network. Raises FileNotFoundError or ValueError if the autoencoder cannot be loaded or has others.
+
+def image_decoder(vae_config, in_channels, device, latents=None, whose=""):
+    """decode(latents (B, C, h, w)) -> (images (B, H, W, 3) uint8, finite (B,) bool), both numpy, by the autoencoder of a VAEConfig.
+
+    in_channels: those of the network. latents, whose: see `check_latents`; None compares nothing. decode.digest names the
+    autoencoder. Raises UserError if it cannot be loaded or does not fit.
     """
     autoencoder = load_autoencoder(vae_config.path, device)
     if autoencoder.latent_channels != in_channels:
         raise UserError(f"vae.path={vae_config.path} decodes {autoencoder.latent_channels} latent channels, the model makes "
                         f"{in_channels}; give the autoencoder that its latents were made with")
+    check_latents(latents or {}, autoencoder, whose, vae_config.path)
     autoencoder.decode_batch = vae_config.batchsize
 
     def decode(latents):
         with autocast(vae_config.amp, device):
             images = autoencoder.decode(latents.to(device))
-        return np.asarray(to_uint8(images).cpu())
+        # the image too: half precision overflows in some autoencoders
+        return to_uint8(images).cpu().numpy(), finite_rows(images) & finite_rows(latents)
 
+    decode.digest = autoencoder.digest
     return decode
 
+
+def latents_to_uint8(latents):
+    """A rough look at latents without an autoencoder, called like `decode`: the first three channels, +-2 over the grey scale."""
+    channels = latents[:, :3] if latents.shape[1] >= 3 else latents[:, :1].expand(-1, 3, -1, -1)
+    return to_uint8(channels / 2).cpu().numpy(), finite_rows(latents)
+
+
+# ------------------------------------------------------------------------------------------------ grids
 
 def draw_grid(net, decode, config, device, path, class_names=None):
     """Save a picture of samples of seeds 0, 1, ... at `path`, one class per row; returns it as (H, W, 3) uint8.
 
-    config: Config; log.num_grid_images says how many. Models of up to 16 classes show all, others evenly spaced ones.
+    config: Config; log.num_grid_images says how many. Models with few classes show all of them, others evenly spaced ones.
     """
     count, num_classes = config.log.num_grid_images, net.num_classes
-    rows = num_classes if 0 < num_classes <= 16 else math.isqrt(count)
+    rows = num_classes if 0 < num_classes <= MOST_ROWS else math.isqrt(count)
     columns = max(1, count // rows)
     classes = [num_classes * row // rows for row in range(rows)]
-    labels = [name_of_class(c, class_names) for c in classes] if num_classes else None
-    class_idx = [c for c in classes for _ in range(columns)] if num_classes else ()
-    latents = [sample_latents(net, batch, config.sample, device, class_idx)[0]
-               for batch in _split(list(range(rows * columns)), config.sample.batchsize)]
-    images = np.concatenate([decode(part) for part in latents])
-    return save_grid(path, images, labels=labels, columns=columns)
+    class_idx = [index for index in classes for _ in range(columns)] if num_classes else ()
+    seeds, size = list(range(rows * columns)), config.sample.batchsize
+    parts = [decode(sample_latents(net, seeds[i:i + size], config.sample, device, class_idx)[0]) for i in range(0, len(seeds), size)]
+    images, finite = map(np.concatenate, zip(*parts))
+    if not finite.all():
+        say(f"WARNING: sample grid: {describe_bad(np.array(seeds)[~finite].tolist(), len(seeds))}")
+    return save_grid(path, images, labels=[class_name(index, class_names) for index in classes] if num_classes else None, columns=columns)
 
 
-def draw_class_rows(path, images, class_labels, class_names=None, columns=8):
-    """Save a picture with one row per class: the first `columns` images (N, H, W, 3) uint8 of each, white where there are fewer."""
-    classes = sorted(set(class_labels))
-    rows = np.full((len(classes), columns, *images.shape[1:]), 255, np.uint8)
-    for row, index in zip(rows, classes):
-        chosen = images[[label == index for label in class_labels]][:columns]
-        row[:len(chosen)] = chosen
-    save_grid(path, rows.reshape(-1, *images.shape[1:]), labels=[name_of_class(index, class_names) for index in classes],
-              columns=columns)
+def draw_first_grid(path, batch, by_class, class_names=None):
+    """Save a picture of a Batch: up to 64 images as they come or, by_class, a row for each of its classes, if they are few."""
+    labels = batch.class_labels.tolist() if by_class else []
+    classes = sorted(set(labels))
+    if not by_class or len(classes) > MOST_ROWS:
+        save_grid(path, batch.images[:64])
+        return
+    chosen = [[image for image, label in zip(batch.images, labels) if label == index][:8] for index in classes]
+    columns = max(map(len, chosen))
+    blank = np.full_like(batch.images[0], 255)
+    images = [image for row in chosen for image in row + [blank] * (columns - len(row))]
+    save_grid(path, np.stack(images), labels=[class_name(index, class_names) for index in classes], columns=columns)
 
 
-def grid_scale(images):
-    """How many times small images (N, H, W, 3) are enlarged in a picture, so that they can be seen."""
-    return max(1, 64 // images.shape[1])
-
-
-def name_of_class(index, class_names=None):
+def class_name(index, class_names=None):
     return class_names[index] if class_names else f"class {index}"
 
 
-def latents_to_uint8(latents):
-    """A rough look at latents without an autoencoder: the first three channels, +-2 over the grey scale. (B, H, W, 3) uint8."""
-    channels = latents[:, :3] if latents.shape[1] >= 3 else latents[:, :1].expand(-1, 3, -1, -1)
-    return np.asarray(to_uint8((channels / 2).clamp(-1, 1).cpu()))
+def describe_bad(seeds, count):
+    """Words about the seeds, of `count`, whose images have NaN or Inf."""
+    shown = ", ".join(map(str, sorted(seeds)[:20])) + (f" and {len(seeds) - 20} more" if len(seeds) > 20 else "")
+    return f"{len(seeds)} of {count} images have NaN or Inf: seeds {shown}"
+
+
+# ------------------------------------------------------------------------------------------------ until nobody asks for them
+
+def build_model(model_config, train=None):
+    """models.build_model of a ModelConfig."""
+    arguments = dict(vars(model_config))
+    options = arguments.pop("options")
+    checkpointing = train is not None and train.activation_checkpointing
+    return models.build_model(**arguments, activation_checkpointing=checkpointing, **options)

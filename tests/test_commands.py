@@ -97,7 +97,7 @@ def test_the_same_command_again_is_quick_and_harmless(trained, latents):
 def test_generate_from_a_published_file(published, tiny_vae, tmp_path):
     run_script("generate.py", "--config", "configs/test/maskdit-latent-base.yaml", "--ckpt_path", published, "--class_idx", 3,
                "--cfg_scale", 2.5, "--seeds", "0-2", "--num_steps", 2, "--outdir", tmp_path / "out", f"vae.path={tiny_vae}", *TINY)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["grid.png", "images", "settings.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["grid.png", "images", "labels.csv", "settings.json"]
     assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == ["000000.png", "000001.png", "000002.png"]
     with Image.open(tmp_path / "out" / "images" / "000000.png") as image:
         assert image.size == (32, 32)  # 8 x 8 latents through a VAE of f = 4

@@ -31,7 +31,7 @@ def test_to_uint8_inverts_the_usual_scaling_of_every_grey_level_to_one_level():
 
 def test_save_png_keeps_every_pixel(tmp_path, images):
     for kind, image in (("array", images[3]), ("tensor", torch.from_numpy(images[3]))):
-        path = tmp_path / "new folder" / f"{kind}.png"
+        path = tmp_path / f"{kind}.png"
         save_png(path, image)
         np.testing.assert_array_equal(np.asarray(Image.open(path)), images[3])
 
@@ -51,8 +51,8 @@ def test_tile_goes_row_by_row_and_leaves_missing_cells_white(images):
 
 
 def test_grid_holds_the_enlarged_images_at_the_lower_right(tmp_path, images):
-    picture = save_grid(tmp_path / "grid.png", images, labels=["ankle boot", "bag"], column_labels="abc", title="T")
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), picture)
+    picture = save_grid(tmp_path / "new folder" / "grid.png", images, labels=["ankle boot", "bag"], column_labels="abc", title="T")
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new folder" / "grid.png")), picture)
     grid = tile(images, columns=3).repeat(13, axis=0).repeat(13, axis=1)  # 5 pixels wide become 65, the first multiple above 64
     np.testing.assert_array_equal(picture[-6 - len(grid):-6, -6 - grid.shape[1]:-6], grid)
     left = picture[-6 - len(grid):-6, :-6 - grid.shape[1]]

@@ -21,10 +21,9 @@ def to_uint8(images):
 
 
 def save_png(path, image):
-    """Write one image (H, W, 3) uint8, array or tensor, as PNG; makes the folder."""
+    """Write one image (H, W, 3) uint8, array or tensor, as PNG to a path or a stream."""
     from PIL import Image
 
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(_to_array(image)).save(path, format="PNG")
 
 
@@ -67,6 +66,7 @@ def save_grid(path, images, labels=None, column_labels=None, columns=None, title
         draw.text((left + (column + 0.5) * width, top - MARGIN), _shortened(label, font, width), INK, font, anchor="ms")
     for row, label in enumerate(labels):
         draw.text((left - MARGIN, top + (row + 0.5) * height), label, INK, font, anchor="rm")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_png(path, picture)
     return np.asarray(picture)
 
