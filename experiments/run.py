@@ -77,10 +77,13 @@ class Pixels:
     """Pixels in [-1, 1] times 0.5: about EDM's sigma_data. Nothing is encoded or decoded."""
 
     def __init__(self, images, config, work, device):
+        self.dataset = images
+
+    def decode(self, latents):
+        from sampling.sample import finite_rows
         from utils.images import to_uint8
 
-        self.dataset = images
-        self.decode = lambda latents: to_uint8(latents / 0.5).cpu().numpy()
+        return to_uint8(latents / 0.5).cpu().numpy(), finite_rows(latents)
 
     def encode(self, images, generator):
         return 0.5 * (images.float() / 127.5 - 1)
