@@ -81,8 +81,9 @@ def main():
         raise UserError(f"--num_process_per_node {args.num_process_per_node}: wanted at least 1")
     from utils import distributed
 
-    if args.num_process_per_node and not distributed.launched():
-        return distributed.launch(__file__, sys.argv[1:], args.num_process_per_node)
+    code = distributed.launch(__file__, sys.argv[1:], args.num_process_per_node)
+    if code is not None:
+        return code
     distributed.init()
     code = sample(args, overrides, seeds)
     distributed.shutdown()
