@@ -169,7 +169,7 @@ class Evaluator:
 
     @classmethod
     def from_config(cls, config):
-        """An Evaluator from the `eval` section of a config (utils.config.EvalConfig)."""
+        """An Evaluator from the `eval` section of a config (utils.schema.EvalConfig)."""
         if not config.ref_path:
             raise UserError("eval.ref_path is empty; give reference statistics (.npz) or reference images")
         return cls(config.ref_path, parse_metrics(config.metrics), config.embedding, config.weights, config.num_images)

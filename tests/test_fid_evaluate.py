@@ -125,7 +125,7 @@ def test_other_embeddings_are_called_fd_and_never_fid():
 
 
 def test_config_section_makes_an_evaluator(tmp_path):
-    from utils.config import EvalConfig
+    from utils.schema import EvalConfig
     np.savez(tmp_path / "real.npz", arr_0=REAL)
     evaluator = Evaluator.from_config(EvalConfig(ref_path=str(tmp_path / "real.npz"), metrics="fid, precision",
                                                  embedding="pixels", num_images=60))
