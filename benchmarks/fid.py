@@ -4,7 +4,7 @@
 
 Both sides see the same uint8 images and the same random weights (speed does not depend on their values). The sides take
 turns within one process, and a large float32 matrix product takes its turn with them: it tells how much arithmetic the
-machine had to give. FLOPs are those of the convolutions as they are defined, counted by torch; Winograd's need fewer. Memory is
+machine had to give. FLOPs are those of the convolutions, counted by torch. Memory is
 measured in a process of its own for each side. pytorch-fid comes with requirements-test.txt.
 """
 
@@ -36,9 +36,8 @@ def extractor_of(side, weights):
     """A function from uint8 images (B, H, W, 3) to pooled features, as the side is used."""
     import torch
     if side == "fid":
-        from fid.inception import FeatureExtractor
-        extractor = FeatureExtractor(weights, device="cpu")
-        return lambda images: extractor(images)[0]
+        from fid.embeddings import Inception
+        return Inception(weights, device="cpu")
     import pytorch_fid.inception as peer
     peer.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights, weights_only=True)  # no download
     net = peer.InceptionV3([3]).eval()
