@@ -1,5 +1,7 @@
-"""What the benchmarks share: arms that take turns, clocks, the peak of matrix products, FLOPs, tables and JSON files."""
+"""What the benchmarks share: arms that take turns, clocks, memory, tables and JSON files."""
 
+import argparse
+import gc
 import itertools
 import json
 import os
@@ -11,38 +13,51 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from utils.cli import PROJECT_ROOT, UserError
+from utils.files import make_folder, told, write_whole
+
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough that memory does not limit the product
-MEMORY_SIZE = {"cpu": 2**26, "cuda": 2**28}  # large enough that caches do not help
 
 
-def add_common_arguments(parser, rounds):
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"measured rounds; in each, every arm runs once (default {rounds})")
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before, not counted (default 2)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+def make_parser(text, rounds=None):
+    """An argument parser with what all benchmarks take; rounds: the default number, None for what measures nothing."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if rounds is not None:
+        add_round_arguments(parser, rounds)
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
+    return parser
+
+
+def add_round_arguments(parser, rounds):
+    parser.add_argument("--rounds", type=int, default=rounds, help="measured rounds; in each, every arm runs once (default %(default)s)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before, not counted (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
 
 
 def start(args, tf32=True, deterministic=False):
-    """The device to measure on, after the process-wide switches are set, for the plain path too: see utils/precision.py."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, tells whenever it starts and stops
+    """Check the arguments of make_parser, make the folder of --json, set the process-wide switches, and return the device to measure on."""
+    for name, smallest in (("rounds", 1), ("warmup", 0), ("threads", 1)):
+        if getattr(args, name, smallest) < smallest:
+            raise UserError(f"--{name} {getattr(args, name)}: wanted {smallest} or more")
+    if getattr(args, "json", None) is not None:
+        make_folder(args.json.parent, "--json")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, prints a line whenever it starts or stops
     import torch
 
     from utils import distributed
     from utils.precision import setup_backends
 
-    torch.set_num_threads(args.threads)
-    setup_backends(tf32, deterministic, compiled=deterministic)
+    torch.set_num_threads(getattr(args, "threads", 1))
+    setup_backends(tf32, deterministic)
     return distributed.device()
 
 
-# ---- time
+# ---- time and memory
 
 def make_clock(device, threads):
     """A function that waits for the device and returns seconds.
 
-    On one CPU thread it counts the process's CPU time, which other programs on the machine disturb less than the wall clock;
-    with several threads, and on GPUs, it is the wall clock.
+    On one CPU thread it counts the process's CPU time, which other programs disturb less than the wall clock; else it is the wall clock.
     """
     import torch
 
@@ -54,48 +69,35 @@ def make_clock(device, threads):
     return clock
 
 
-def alternate(arms, args, device, memory=False):
+def alternate(arms, args, device, memory=False, clock=None):
     """Run the arms in turn, round after round: {name: {"seconds": [per round], "first_s", "peak_bytes"}}.
 
-    arms: {name: function without arguments}. first_s: wall-clock seconds of the very first call, compilation included.
-    peak_bytes: most memory that the arm's calls, warm-up included (CUDA graphs take theirs then), needed beyond what was there
-    before the first of them. On a CPU it is looked for if `memory`, in the warm-up rounds, of which it takes two: what the first call
-    leaves behind, AdamW's moments for one, counts in the second; else None.
+    arms: {name: function without arguments}. clock: None for make_clock's. first_s: seconds of the first call by the wall clock,
+    compilation included.
+    peak_bytes: the most memory that the arm needed beyond what was there before its first call. It is measured in the warm-up rounds
+    if `memory`, and there must be two: what the first call leaves behind, such as AdamW's moments, counts in the second.
     """
-    clock = make_clock(device, args.threads)
-    rounds = args.warmup + args.rounds
-    watched = rounds if device.type == "cuda" else args.warmup if memory and args.warmup >= 2 else 0
+    clock = clock or make_clock(device, args.threads)
     measured = {name: {"seconds": [], "first_s": None, "peak_bytes": None} for name in arms}
     kept = dict.fromkeys(arms, 0)  # bytes that an arm's calls have left behind
-    for number in range(rounds):
-        for name, run in arms.items():
-            entry = measured[name]
-            if number < watched:
-                (seconds, by_wall_clock), needed, left = watch_memory(lambda run=run: _timed(run, clock), device)
-                entry["peak_bytes"] = max(kept[name] + needed, entry["peak_bytes"] or 0)
-                kept[name] += left
-            else:
-                seconds, by_wall_clock = _timed(run, clock)
-            if number == 0:
-                entry["first_s"] = by_wall_clock
-            if number >= args.warmup:
-                entry["seconds"].append(seconds)
-        print(f"  round {number + 1} of {rounds}", end="\r", file=sys.stderr, flush=True)
+    for number, (name, run) in itertools.product(range(args.warmup + args.rounds), arms.items()):
+        entry, begun, wall_begun = measured[name], clock(), time.perf_counter()
+        if memory and number < args.warmup and args.warmup >= 2:
+            _, needed, left = watch_memory(run, device)
+            entry["peak_bytes"] = max(kept[name] + needed, entry["peak_bytes"] or 0)
+            kept[name] += left
+        else:
+            run()
+        seconds = clock() - begun
+        if number == 0:
+            entry["first_s"] = time.perf_counter() - wall_begun
+        if number >= args.warmup:
+            entry["seconds"].append(seconds)
     return measured
 
 
-def _timed(run, clock):
-    """Seconds of one call by the clock, and by the wall clock."""
-    begun, wall_begun = clock(), time.perf_counter()
-    run()
-    return clock() - begun, time.perf_counter() - wall_begun
-
-
 def watch_memory(run, device):
-    """What run() returns, the bytes of tensors on the device that it needed at most, and those that it left.
-
-    On a CPU torch's profiler counts them, which takes time.
-    """
+    """(what run() returns, the most bytes of tensors that it needed at once, the bytes that it left). A CPU's are counted by torch's profiler."""
     import torch
 
     if device.type == "cuda":
@@ -111,14 +113,9 @@ def watch_memory(run, device):
     return result, max(held), held[-1]
 
 
-def spread(values):
-    """{"median", "lowest", "highest"} of some numbers."""
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
-
-
-def scaled(values, factor):
-    """A spread in another unit."""
-    return {key: factor * value for key, value in values.items()}
+def spread(values, factor=1):
+    """{"median", "lowest", "highest"} of some numbers, each times `factor`."""
+    return {"median": factor * statistics.median(values), "lowest": factor * min(values), "highest": factor * max(values)}
 
 
 def speedup(measured, slow, fast):
@@ -126,112 +123,88 @@ def speedup(measured, slow, fast):
     return spread([a / b for a, b in zip(measured[slow]["seconds"], measured[fast]["seconds"])])
 
 
-# ---- work
-
 def gemm_arm(device, amp):
-    """A large matrix product in the format of `amp`: what the peak is measured with. Returns (function, FLOPs of a call)."""
+    """A large matrix product in the format of `amp`, with which the peak is measured. Returns (function, FLOPs of a call)."""
     import torch
 
     from utils.precision import DTYPES
 
     size = GEMM_SIZE[device.type]
-    a = torch.randn(size, size, device=device, dtype=DTYPES.get(amp, torch.float32))
-    b = torch.randn(size, size, device=device, dtype=a.dtype)
+    a, b = torch.randn(2, size, size, device=device, dtype=DTYPES.get(amp, torch.float32))
     return lambda: a @ b, 2 * size**3
 
 
-def memory_arm(device, numbers=None):
-    """A pass over two single tensors, both read and one written, as an optimizer makes: what memory gives. Returns (function, bytes of a call).
+def measure_cases(args, device, cases, config_of, make_arm, flops_of, columns):
+    """Measure all arms and a matrix product in turn, case after case; print and write a row for each case and arm.
 
-    numbers: of each tensor; None: enough that caches do not help.
+    cases: dicts with at least model, amp and batch. config_of(args, case, arm) -> Config. make_arm(config, arm, device) -> function
+    without arguments. flops_of(config): FLOPs of one image.
     """
     import torch
 
-    numbers = numbers or MEMORY_SIZE[device.type]
-    average, source = torch.zeros(numbers, device=device), torch.ones(numbers, device=device)
-    return lambda: average.lerp_(source, 0.5), 12 * numbers
+    from utils.config import to_dict
 
-
-def count_flops(run):
-    """FLOPs of run(), counted by torch."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def model_flops(model_config, mask_ratio=0.0, training=False):
-    """FLOPs of one image through the network (with `training` forward and backward), counted by torch without computing."""
-    import torch
-
-    from models.masking import TokenMask, count_kept
-    from sampling.sample import build_model
-
-    with torch.device("meta"):
-        net = build_model(model_config)
-        x = torch.empty(1, net.in_channels, net.in_size, net.in_size)
-        labels = torch.empty(1, dtype=torch.int64) if net.num_classes else None
-        order = torch.empty(1, net.num_tokens, dtype=torch.int64)
-    num_keep = count_kept(net.num_tokens, mask_ratio)
-    mask = TokenMask(order, num_keep) if num_keep < net.num_tokens else None
-
-    def run():
-        output = net(x, 1.0, labels, mask)
-        if training:
-            output.sum().backward()
-
-    return count_flops(run)
+    configs = [{arm: config_of(args, case, arm) for arm in args.arms} for case in cases]  # wrong values are told before any work
+    rows = []
+    for case, by_arm in zip(cases, configs):
+        gc.collect()  # the networks of the last case refer to themselves, and this case may need their memory
+        torch.compiler.reset()  # the graphs of the last case count towards a limit, beyond which nothing is compiled
+        product, product_flops = gemm_arm(device, case["amp"])
+        calls, weights_bytes = {}, {}
+        for arm, config in by_arm.items():
+            calls[arm], _, weights_bytes[arm] = watch_memory(lambda: make_arm(config, arm, device), device)
+        measured = alternate(calls | {"peak": product}, args, device, memory=True)
+        peak, found = product_flops / min(measured["peak"]["seconds"]), []
+        for arm, config in by_arm.items():
+            entry, seconds = measured[arm], statistics.median(measured[arm]["seconds"])
+            rate = case["batch"] * flops_of(config) / seconds
+            found.append(case | {
+                "arm": arm, "ms": spread(entry["seconds"], 1000), "img/s": case["batch"] / seconds, "TFLOP/s": rate / 1e12,
+                "of peak": rate / peak, "x plain": speedup(measured, "plain", arm) if "plain" in calls and arm != "plain" else None,
+                "GB": entry["peak_bytes"] and (entry["peak_bytes"] + weights_bytes[arm]) / 1e9, "first s": entry["first_s"],
+                "peak TFLOP/s": peak / 1e12, "config": {key: to_dict(config)[key] for key in ("model", "train", "sample")}})
+        rows += found
+        report(args, device, found, columns, rows=rows)
 
 
 # ---- reports
 
 def environment(device):
-    """Device, software, commit and command of this process: what a number needs to be compared with another."""
+    """Device, software, commit and command of this process: what one needs to compare a number with another."""
     import torch
 
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ":!*/results/*")  # results do not change what is measured
+    try:
+        describe = ["git", "describe", "--always", "--abbrev=12", "--dirty= with changes", "--exclude=*"]
+        commit = subprocess.run(describe, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # an unpacked archive, or no git: the numbers still count
+        commit = ""
+    module = sys.modules["__main__"].__spec__
     return {"device": device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
-            "commit": commit + (" with changes" if commit and changed else ""), "threads": torch.get_num_threads(),
-            "command": f"python -m {_module_name()} {shlex.join(sys.argv[1:])}".strip()}
+            "commit": commit, "threads": torch.get_num_threads(),
+            "command": f"python -m {module.name if module else Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()}
 
 
 def device_name(device):
-    """The GPU and its memory; or the CPU and what its vector instructions can do."""
+    """The GPU; or the CPU and what its vector instructions can do."""
     import torch
 
     from utils.precision import CPU_INFO, native_bf16
 
     if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-        return f"{torch.cuda.get_device_name(device)}, {memory:.0f} GiB"
+        return f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
     lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    bf16 = "with" if native_bf16(device) else "without"
-    return f"CPU {names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {bf16} bf16 instructions"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
+    return f"CPU {names[0]}, {torch.backends.cpu.get_cpu_capability()}, {'with' if native_bf16(device) else 'without'} bf16 instructions"
 
 
-def _module_name():
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else Path(sys.argv[0]).name
-
-
-def _git(*arguments):
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # an unpacked archive, or no git: the numbers still count
-        return ""
-
-
-def print_table(rows, columns):
-    """Print dicts as a table with aligned columns; `columns` are the keys, in order."""
-    cells = [list(columns)] + [["" if row.get(key) is None else _text(row[key]) for key in columns] for row in rows]
+def report(args, device, found, columns, **content):
+    """Print rows as a table with the keys `columns`, and write args.json: the rows, or `rows` where the content has it."""
+    cells = [list(columns)] + [["" if row.get(key) is None else _text(row[key]) for key in columns] for row in found]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    for number, line in enumerate(cells):
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
-        if number == 0:
-            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    for line in [cells[0], ["-" * width for width in widths], *cells[1:]]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |", flush=True)
+    if args.json is not None:
+        write_json(args.json, device, **{"rows": found} | content)
 
 
 def _text(value):
@@ -240,9 +213,18 @@ def _text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def write_latents(folder, dtype, moments, labels, num_classes):
+    """Store moments (N, 2C, H, W) and labels as extract_latent.py does."""
+    from dataset.store import LatentWriter, Plan
+
+    writer = LatentWriter(folder, Plan(len(moments), moments.shape[1:], dtype, False, num_classes, (), 0.18215, 0.0, ""))
+    for shard in writer.pending():
+        part = writer.plan.shard_range(shard)
+        writer.write(shard, moments[part.start:part.stop], labels[part.start:part.stop])
+    writer.finish()
+
+
 def write_json(path, device, **content):
-    """Write a report of a benchmark, with its environment, to `path` (None: nowhere)."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(environment(device) | content, indent=1) + "\n")
+    """Write a report, with its environment, to `path`."""
+    with told(path), write_whole(path) as temporary:
+        temporary.write_text(json.dumps(environment(device) | content, indent=1) + "\n")

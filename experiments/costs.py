@@ -9,11 +9,14 @@ same on every machine, nothing is computed.
 """
 
 import argparse
+import itertools
 from pathlib import Path
 
-from benchmarks.estimate import STATE_BYTES
+from benchmarks.common import add_round_arguments
+from benchmarks.estimate import GRADIENT_BYTES, STATE_BYTES
 from experiments.settings import arm_config, flops_per_image, image_flops, load_setting
-from utils.cli import run
+from utils.cli import UserError, run
+from utils.files import make_folder
 
 ARMS = {"dit": (False, 0.0), "unmasked": (True, 0.0), "masked": (True, 0.5)}  # decoder, mask ratio
 PAPER_SIZES, PAPER_LATENTS = ("S/2", "B/2", "L/2", "XL/2"), {"256 px": 32, "512 px": 64}
@@ -22,13 +25,11 @@ STEPS = 10  # of an arm, in each of its turns
 
 
 def parse_arguments(argv=None):
-    from benchmarks.common import add_common_arguments
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_round_arguments(parser, rounds=5)
     parser.add_argument("--setting", required=True, help="name of a YAML file in experiments/, which lists tokens and widths under costs")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other values of the setting")
     parser.add_argument("--out", type=Path, default=Path("experiments/results"), help="folder of the results (default: %(default)s)")
-    add_common_arguments(parser, rounds=5)
     return parser.parse_args(argv)
 
 
@@ -65,8 +66,7 @@ def measure_steps(setting, args, device):
             for arm, config in configs.items():
                 rows.append({"tokens": side**2, "width": width, "batch": batch, "arm": arm, "seconds": measured[arm]["seconds"],
                              "ms": spread([1000 * second for second in measured[arm]["seconds"]]),
-                             "peak_bytes": measured[arm]["peak_bytes"],
-                             "flops_per_image": image_flops(config.model, round((1 - ARMS[arm][1]) * side**2))})
+                             "flops_per_image": image_flops(config, round((1 - ARMS[arm][1]) * side**2))})
     return rows
 
 
@@ -80,52 +80,34 @@ def _step_config(side, width, batch, amp, decoder, ratio):
 
 def count_paper():
     """Rows {size, resolution, arm, training FLOPs per image} of the paper's sizes; of the largest one also bytes of memory."""
-    from benchmarks.common import model_flops
-    from utils.config import ModelConfig
+    from benchmarks.work import count_weights, kept_bytes, model_flops
+    from utils.config import from_dict
 
     rows = []
-    for resolution, in_size in PAPER_LATENTS.items():
-        for size in PAPER_SIZES:
-            for arm, (decoder, ratio) in ARMS.items():
-                model = ModelConfig(model_type=f"DiT-{size}", in_size=in_size, use_decoder=decoder)
-                row = {"size": size, "resolution": resolution, "arm": arm, "training_flops": model_flops(model, ratio, training=True)}
-                if size == MEMORY_SIZE:
-                    one, parameters = kept_bytes(model, ratio, 1)
-                    per_image = kept_bytes(model, ratio, 2)[0] - one
-                    # what does not grow with the batch are the weights' copies in bf16
-                    row |= {"kept_bytes_per_image": per_image, "state_bytes": STATE_BYTES * parameters + one - per_image}
-                rows.append(row)
+    for (resolution, in_size), size, (arm, (decoder, ratio)) in itertools.product(PAPER_LATENTS.items(), PAPER_SIZES, ARMS.items()):
+        model = {"model_type": f"DiT-{size}", "in_size": in_size, "use_decoder": decoder}
+        config = from_dict({"model": model, "train": {"mask_ratio": ratio}})
+        row = {"size": size, "resolution": resolution, "arm": arm, "training_flops": model_flops(config, ratio, training=True)}
+        if size == MEMORY_SIZE:
+            one, two = (kept_bytes(config, ratio, "bf16", batch)[0] for batch in (1, 2))
+            # what does not grow with the batch are the weights' copies in bf16
+            state = (STATE_BYTES + GRADIENT_BYTES) * count_weights(config) + 2 * one - two
+            row |= {"kept_bytes_per_image": two - one, "state_bytes": state}
+        rows.append(row)
     return rows
 
 
-def kept_bytes(model_config, mask_ratio, batch):
-    """(bytes of a batch that autograd keeps for the backward pass under bf16 autocast, trainable parameters of the network)."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from models.masking import TokenMask, count_kept
-    from sampling.sample import build_model
-
-    kept = {}
-    with FakeTensorMode():  # shapes without contents
-        net = build_model(model_config).model
-        weights = {p.untyped_storage()._cdata for p in net.parameters()}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = (storage.nbytes(), storage)  # held, so that no other takes its place
-            return tensor
-
-        x = torch.empty(batch, net.in_channels, net.in_size, net.in_size)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        num_keep = count_kept(net.num_tokens, mask_ratio)
-        order = torch.empty(batch, net.num_tokens, dtype=torch.int64)
-        mask = TokenMask(order, num_keep) if num_keep < net.num_tokens else None
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-            net(x, torch.ones(batch), labels, mask)
-        parameters = sum(p.numel() for p in net.parameters() if p.requires_grad)
-        return sum(size for size, _ in kept.values()), parameters
+def check_costs(setting):
+    """Raise UserError if the setting does not say which steps to measure."""
+    for key in ("sides", "widths"):
+        numbers = setting.costs.get(key)
+        if not isinstance(numbers, list) or not numbers or not all(isinstance(number, int) and number > 0 for number in numbers):
+            raise UserError(f"costs.{key}={numbers} of the setting {setting.name}: wanted a list of numbers above 0")
+    tokens = setting.costs.get("tokens_per_step")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise UserError(f"costs.tokens_per_step={tokens} of the setting {setting.name}: wanted a number above 0")
+    for side, width in itertools.product(setting.costs["sides"], setting.costs["widths"]):
+        _step_config(side, width, 1, setting.amp, *ARMS["masked"])
 
 
 def main(argv=None):
@@ -133,8 +115,8 @@ def main(argv=None):
     setting = load_setting(args.setting, args.set)
     from benchmarks.common import start, write_json
 
-    device = start(args)
-    out = args.out / setting.name
+    check_costs(setting)
+    device, out = start(args), make_folder(args.out / setting.name, "--out")
     if not (out / "paper.json").is_file():
         write_json(out / "paper.json", device, rows=count_paper())
     if not (out / "arms.json").is_file():

@@ -18,8 +18,8 @@ import time
 from pathlib import Path
 
 from experiments.settings import arm_config, flops_of_steps, flops_per_image, load_setting, plan
-from utils.cli import PROJECT_ROOT, UserError, run
-from utils.cli import EXIT_STOPPED
+from utils.cli import EXIT_STOPPED, PROJECT_ROOT, StopNotice, UserError, run
+from utils.files import make_folder
 
 FASHION_MNIST = (PROJECT_ROOT / "assets" / "fashion-mnist", Path("/usr/share/datasets/fashion-mnist"))  # the second: Debian's package
 TRAIN_FILE = "train-images-idx3-ubyte.gz"
@@ -39,7 +39,7 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-# ---- data and scores
+# ---- checks before any work
 
 def find_training_images(folder):
     """Path of Fashion-MNIST's 60,000 training images."""
@@ -50,111 +50,49 @@ def find_training_images(folder):
                     f"`python3 download_assets.py --name fashion-mnist` fetches it")
 
 
-class Latents:
-    """Latents of the demo's VAE, encoded once; `encode` draws them, `decode` makes images of them."""
-
-    def __init__(self, images, config, work, device):
-        from models import load_autoencoder
-        from dataset.formats import open_latents
-        from dataset.extract import extract, make_plan
-        from sampling.sample import image_decoder
-
-        folder = work / "latents"
-        vae = load_autoencoder(PROJECT_ROOT / config.vae.path, device)
-        extract(images, vae, folder, make_plan(images, vae, Path(config.vae.path).name, "float32", 0, images.num_images, batch_size=64,
-                                               dtype="float16", shard_size=4096))  # what is there already stays
-        self.dataset = open_latents(folder, num_classes=config.model.num_classes)
-        vae_config = dataclasses.replace(config.vae, path=str(PROJECT_ROOT / config.vae.path))
-        self.decode = image_decoder(vae_config, config.model.in_channels, device)
-
-    def encode(self, moments, generator):
-        from models import sample_moments
-
-        return sample_moments(moments, generator, self.dataset.scale, self.dataset.shift)
+def choose(args, setting):
+    """[(arm, seed), ...] that the command asks for. Raises UserError for arms and seeds that there are not."""
+    for arm in args.arms or ():
+        if arm not in setting.arms:
+            raise UserError(f"--arms {arm}: wanted some of {', '.join(setting.arms)}")
+    for seed in args.seeds or ():
+        if seed < 0:
+            raise UserError(f"--seeds {seed}: wanted numbers of 0 or more")
+    for name in ("jobs", "threads"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: wanted 1 or more")
+    seeds, arms = dict.fromkeys(args.seeds or setting.seeds), dict.fromkeys(args.arms or setting.arms)  # each of them once
+    chosen = [(arm, seed) for seed in seeds for arm in arms if args.seeds or seed in setting.arms[arm].get("seeds", setting.seeds)]
+    if not chosen:
+        raise UserError(f"--arms {' '.join(arms)}: none of them has one of the setting's seeds {setting.seeds}; name some with --seeds")
+    return chosen
 
 
-class Pixels:
-    """Pixels in [-1, 1] times 0.5: about EDM's sigma_data. Nothing is encoded or decoded."""
-
-    def __init__(self, images, config, work, device):
-        self.dataset = images
-
-    def decode(self, latents):
-        from sampling.sample import finite_rows
-        from utils.images import to_uint8
-
-        return to_uint8(latents / 0.5).cpu().numpy(), finite_rows(latents)
-
-    def encode(self, images, generator):
-        return 0.5 * (images.float() / 127.5 - 1)
+def check_results(chosen, setting, out, work):
+    """Raise UserError if results in the folder `out` are of another setting, or a tuning arm has nothing to start from."""
+    for path in [out / "real.json", *(out / f"{arm}-seed{seed}.json" for arm, seed in chosen)]:
+        if path.is_file():
+            check_same(path, setting)
+    for number, (arm, seed) in enumerate(chosen):
+        if setting.start(arm) and not (out / f"{arm}-seed{seed}.json").is_file():
+            trunk, start_step = setting.start(arm)[0], plan(setting, arm)["start_step"]
+            path = work / f"{trunk}-seed{seed}" / "checkpoints" / f"{start_step:07d}.pt"
+            if (trunk, seed) not in chosen[:number] and not path.is_file():
+                raise UserError(f"--arms {arm}, seed {seed}: it starts from {path}, which is not there; "
+                                f"run {trunk} first, or name it before {arm}")
 
 
-class Scores:
-    """FD-classifier against the 10,000 held-out images, and how often the classifier names the class that was asked for."""
-
-    def __init__(self, device):
-        from fid.embeddings import Classifier
-        from fid.evaluate import Reference
-        from dataset.idx import load_fashion_mnist
-
-        self.embedding = Classifier(PROJECT_ROOT / "assets" / "demo-classifier", device)
-        grey, _ = load_fashion_mnist(PROJECT_ROOT / "assets" / "fashion-mnist", "test")
-        self.reference = Reference(grey[..., None].repeat(3, axis=3))
-
-    def score(self, batches):
-        """batches: of (images (B, 32, 32, 3) uint8, labels (B,)). Returns {"fd", "accuracy"}."""
-        from fid.evaluate import Evaluator
-
-        evaluator = Evaluator(self.reference, metrics=("fid",), embedding=self.embedding)
-        right = count = 0
-        for index, (images, labels) in enumerate(batches):
-            evaluator.add(images, index)
-            right += int((self.embedding.classes(images).cpu() == labels.cpu()).sum())
-            count += len(images)
-        return {"fd": evaluator.result()["numbers"]["FD-classifier"], "accuracy": right / count}
-
-
-class Sampler:
-    """Samples of a run's EMA weights, from a copy of its network that is made ready for sampling once and takes the weights anew."""
-
-    def __init__(self, config, data, device):
-        from sampling.load import prepare_network
-        from sampling.sample import build_model
-
-        self.config, self.data, self.device = config, data, device
-        self.net = build_model(config.model).to(device).eval().requires_grad_(False)
-        prepare_network(self.net, config.sample, device)
-
-    def draw(self, net, count, cfg_scale=1.0, class_idx=()):
-        """Batches (images (B, H, W, 3) uint8, class_labels (B,)) of seeds 0 to count - 1 with the weights of `net`."""
-        from sampling.sample import generate
-
-        self.net.load_state_dict(net.state_dict())
-        sample = dataclasses.replace(self.config.sample, cfg_scale=cfg_scale)
-        for batch in generate(self.net, self.data.decode, list(range(count)), sample, self.device, class_idx):
-            yield batch.images, batch.class_labels
-
-
-def score_real(setting, data, images, scores):
-    """Scores of as many real training images as there are samples: as they are, and through what the models learn from."""
-    return [{"images": count} | {name: scores.score(_real_batches(setting, data, images, count, name == "decoded"))
-                                 for name in ("real", "decoded")} for count in (setting.samples, setting.final_samples)]
-
-
-def _real_batches(setting, data, images, count, decoded):
-    import torch
-
-    from dataset.stream import stream_indices
-
-    size = setting.config["sample"]["batchsize"]
-    generator = torch.Generator()
-    for start in range(0, count, size):
-        indices = stream_indices(images.num_images, 0, start, min(size, count - start))
-        pixels, labels = map(torch.from_numpy, images.read(indices))
-        if decoded:
-            yield data.decode(data.encode(torch.from_numpy(data.dataset.read(indices)[0]), generator))[0], labels
-        else:
-            yield pixels.permute(0, 2, 3, 1).contiguous().numpy(), labels
+def check_same(path, setting):
+    """Raise UserError if the JSON at `path` is of a setting with other values (other arms and seeds do not matter)."""
+    try:
+        then = json.loads(path.read_text())["setting"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no result of an experiment ({error!r}); move it away") from error
+    now = dataclasses.asdict(setting)
+    differing = [key for key in now if key not in ("arms", "seeds", "costs", "grid_columns") and then.get(key) != now[key]]
+    if differing:
+        raise UserError(f"{path} is of a setting with another {differing[0]} ({then.get(differing[0])} instead of {now[differing[0]]}); "
+                        f"move it away, or give another --out and --work")
 
 
 # ---- one run
@@ -181,9 +119,11 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
 
     from sampling.load import load_checkpoint
     from training.checkpoint import find_latest
-    from sampling.sample import build_model
+    from experiments.scoring import Sampler
+    from models import build_model
     from training.loop import TrainState, fit
     from training.run import start_from
+    from utils.config import model_arguments
 
     planned = plan(setting, arm)
     every = planned["steps"] // planned["num_snapshots"]
@@ -193,7 +133,7 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, max_num_steps=planned["steps"]))
     torch.compiler.reset()  # the arms before have graphs of their own, and their number is limited
     torch.manual_seed(seed)
-    state = TrainState(build_model(config.model, config.train).to(device), config, device)
+    state = TrainState(build_model(**model_arguments(config)).to(device), config, device)
     snapshots = []
     latest = find_latest(folder / "checkpoints")
     if latest is not None:
@@ -257,15 +197,6 @@ def save_samples(setting, num_classes, draw, path):
     save_png(path, tile(np.concatenate([images for images, _ in batches]), setting.grid_columns))
 
 
-def check_same(path, setting):
-    """Raise ValueError if the JSON at `path` is of a setting with other values (other arms and seeds do not matter)."""
-    then, now = json.loads(path.read_text())["setting"], dataclasses.asdict(setting)
-    differing = [key for key in now if key not in ("arms", "seeds", "costs", "grid_columns") and then.get(key) != now[key]]
-    if differing:
-        raise UserError(f"{path} is of a setting with another {differing[0]} ({then.get(differing[0])} instead of {now[differing[0]]}); "
-                        f"move it away, or give another --out and --work")
-
-
 # ---- all runs
 
 def run_jobs(chosen, args, argv, logs):
@@ -274,7 +205,6 @@ def run_jobs(chosen, args, argv, logs):
     chosen: [(arm, seed), ...]. What the processes say goes to logs/seedN.log; a signal is passed on to all of them.
     """
     from utils.logging import Progress, say
-    from utils.cli import StopNotice
 
     arms = {}
     for arm, seed in chosen:
@@ -311,20 +241,21 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     setting = load_setting(args.setting, args.set)
+    chosen = choose(args, setting)
+    out, work = args.out / setting.name, args.work / setting.name
+    check_results(chosen, setting, out, work)
     from benchmarks.common import make_clock, start, write_json
     from dataset.images import open_images
+    from experiments.scoring import Latents, Pixels, Scores, score_real
     from utils.logging import say
-    from utils.cli import StopNotice
 
-    out, work = args.out / setting.name, args.work / setting.name
-    chosen = [(arm, seed) for seed in args.seeds or setting.seeds for arm in args.arms or setting.arms
-              if args.seeds or seed in setting.arms.get(arm, {}).get("seeds", setting.seeds)]
-    first = arm_config(setting, chosen[0][0], chosen[0][1])
-    images = open_images(find_training_images(args.data), 32)
-    device = start(args)
-    clock = make_clock(device, args.threads)
-    data = {"latents": Latents, "pixels": Pixels}[setting.data](images, first, args.work, device)
+    images, device = open_images(find_training_images(args.data), 32), start(args)
     scores = Scores(device)
+    make_folder(out, "--out")
+    make_folder(work, "--work")
+    clock = make_clock(device, args.threads)
+    config = arm_config(setting, *chosen[0])
+    data = {"latents": Latents, "pixels": Pixels}[setting.data](images, config, args.work, device)
     if not (out / "real.json").is_file():
         write_json(out / "real.json", device, setting=dataclasses.asdict(setting), rows=score_real(setting, data, images, scores))
     if args.jobs > 1:
@@ -333,7 +264,6 @@ def main(argv=None):
         for arm, seed in chosen:
             path = out / f"{arm}-seed{seed}.json"
             if path.is_file():
-                check_same(path, setting)
                 say(f"{path} is there already")
                 continue
             code, snapshots, draw = train_arm(setting, arm, seed, data, scores, work, device, clock, notice)

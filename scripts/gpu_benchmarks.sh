@@ -26,23 +26,20 @@ measure train_xl2_plain train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms 
 measure train_xl2_masked train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms compiled unmasked --rounds 10 --set train.compile=true
 measure train_xl2_dit train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms compiled dit --rounds 10 --set train.compile=true
 measure train_xl2_deterministic train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms ours compiled --rounds 10 --deterministic
-measure train_xl2_512px_masked train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms compiled unmasked --rounds 10 --set train.compile=true
-measure train_xl2_512px_dit train --sizes XL/2 --amp bf16 --batchsize 32 --in_size 64 --arms compiled dit --rounds 10 --set train.compile=true
+measure train_xl2_512px_masked train --sizes XL/2 --amp bf16 --batchsize 32 --arms compiled unmasked --rounds 10 --set train.compile=true model.in_size=64
+measure train_xl2_512px_dit train --sizes XL/2 --amp bf16 --batchsize 32 --arms compiled dit --rounds 10 --set train.compile=true model.in_size=64
 measure train_s2 train --sizes S/2 --amp bf16 fp16 --batchsize 256 --arms plain ours compiled --rounds 20
-measure train_s2_switches train --sizes S/2 --amp bf16 --batchsize 256 --arms ours no_fused_adamw no_foreach_ema --rounds 20
-measure train_xl2_graphs train --sizes XL/2 --amp bf16 --batchsize 32 --arms compiled --rounds 20 --set train.cuda_graphs=true
-measure train_xl2_checkpointing train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms ours --checkpointing --rounds 10
-measure sample_xl2 sample --sizes XL/2 --amp no bf16 --num_steps 40 --batchsize 32 --rounds 2 --warmup 1
-measure optimizer optimizer --model DiT-XL/2 --rounds 20
-measure checkpoint_stall checkpoint_stall --rounds 3 --warmup 1
-measure startup startup
-measure startup_xl2 startup --arms train generate --compile --config configs/train/maskdit-latent-imagenet.yaml --set train.batchsize=32 --rounds 3 --warmup 0
+measure train_xl2_checkpointing train --sizes XL/2 --amp bf16 --batchsize 32 128 --arms ours --rounds 10 --set train.activation_checkpointing=true
+measure sample_xl2 sample --sizes XL/2 --amp no bf16 --num_steps 40 --batchsize 32 --rounds 2
+measure update_xl2 update --size XL/2 --batchsize 32 --rounds 5
+measure startup startup --compile
+measure startup_xl2 startup --compile --config configs/train/maskdit-latent-imagenet.yaml --set train.batchsize=32 --rounds 3
+measure extraction extraction --encode 200
 measure fid fid
 measure loader loader
 "$PYTHON" -m benchmarks.plot "$out"/train_xl2_{plain,masked,dit}.json --output "$out/train_xl2.png" || failed+=(plot)
 "$PYTHON" -m benchmarks.plot "$out"/train_xl2_512px_{masked,dit}.json --output "$out/train_xl2_512px.png" || failed+=(plot_512px)
 "$PYTHON" -m benchmarks.plot "$out"/train_s2.json || failed+=(plot_s2)
-"$PYTHON" -m benchmarks.estimate --measured "$out"/train_*.json --json "$out/estimate.json" || failed+=(estimate)
 "$PYTHON" download_assets.py --name fashion-mnist && "$PYTHON" -m experiments.run --setting gpu && "$PYTHON" -m experiments.costs --setting gpu || failed+=(experiments)
 
 if ((${#failed[@]})); then

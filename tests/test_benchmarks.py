@@ -1,11 +1,18 @@
-"""What the benchmarks share: the memory that an arm needs."""
+"""What the benchmarks share: the memory that an arm needs, checks before the work, reports. And one toy run of each comparison."""
 
+import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 from pytest import approx
 
+from benchmarks import common, sample, train, update
 from benchmarks.common import alternate, watch_memory
+from utils.cli import UserError
+
+TINY = ["model.in_size=8", "model.depth=1", "model.width=32", "model.num_heads=2", "model.decoder_depth=1", "model.decoder_width=32",
+        "model.decoder_num_heads=2"]
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -38,5 +45,66 @@ def test_an_arms_memory_counts_what_its_first_call_left():
 
     args = SimpleNamespace(warmup=2, rounds=1, threads=1)
     assert alternate({"step": step}, args, CPU, memory=True)["step"]["peak_bytes"] == 5 * MIB
-    assert alternate({"step": step}, args, CPU)["step"]["peak_bytes"] is None
+    assert alternate({"step": step}, args, CPU)["step"]["peak_bytes"] is None  # not asked for
     assert alternate({"step": step}, SimpleNamespace(warmup=1, rounds=1, threads=1), CPU, memory=True)["step"]["peak_bytes"] is None
+
+
+def test_arms_take_turns_and_the_warm_up_is_not_counted():
+    order = []
+    measured = alternate({name: lambda name=name: order.append(name) for name in "ab"}, SimpleNamespace(warmup=1, rounds=2, threads=1), CPU)
+    assert order == list("ababab")
+    assert [len(entry["seconds"]) for entry in measured.values()] == [2, 2]
+
+
+def run_toy(module, monkeypatch, tmp_path, *arguments):
+    """The report of one toy run of a benchmark."""
+    monkeypatch.setattr("sys.argv", [module.__name__, *arguments, "--json", str(tmp_path / "new/report.json"), "--set", *TINY])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would stay for the other tests
+    monkeypatch.setattr("utils.precision.setup_backends", lambda *arguments: None)
+    module.main()
+    return json.loads((tmp_path / "new/report.json").read_text())
+
+
+def test_training_steps_are_compared_with_the_plain_one(monkeypatch, tmp_path):
+    report = run_toy(train, monkeypatch, tmp_path, *"--arms plain ours dit --batchsize 1 2 --rounds 1 --amp no".split())
+    assert {"device", "torch", "python", "commit", "command", "threads"} < report.keys() and "--arms plain ours dit" in report["command"]
+    assert [(row["batch"], row["arm"]) for row in report["rows"]] == [(batch, arm) for batch in (1, 2) for arm in ("plain", "ours", "dit")]
+    for row in report["rows"]:
+        assert row["ms"]["lowest"] > 0 and row["GB"] > 0 and row["config"]["model"]["use_decoder"] is (row["arm"] != "dit")
+        assert (row["x plain"] is None) is (row["arm"] == "plain")
+
+
+def test_sampling_is_compared_with_the_plain_one(monkeypatch, tmp_path):
+    report = run_toy(sample, monkeypatch, tmp_path, *"--arms plain ours interval --num_steps 2 --rounds 1 --amp no".split())
+    assert [row["arm"] for row in report["rows"]] == ["plain", "ours", "interval"]
+
+
+def test_network_calls_of_heun_with_guidance():
+    """4 noise levels, of which the first is visited once; each visit costs two passes within the interval, 80 > sigma > 0.002."""
+    args = sample.parse_arguments(["--set", *TINY])
+    case = dict(zip(("model", "amp", "steps", "cfg", "batch"), ("S/2", "no", 4, 1.5, 1)))
+    flops = {arm: sample.image_flops(sample.case_config(args, case, arm)) for arm in ("ours", "interval")}
+    one = sample.image_flops(sample.case_config(args, case | {"steps": 1, "cfg": 1.0}, "ours"))
+    assert flops["ours"] == 14 * one  # (4 + 3) visits
+    assert one * 7 < flops["interval"] < flops["ours"]
+
+
+def test_updates_and_checkpoints_are_measured(monkeypatch, tmp_path):
+    report = run_toy(update, monkeypatch, tmp_path, "--batchsize", "1", "--rounds", "1", "--warmup", "0")
+    assert [row["what"] for row in report["rows"]] == ["AdamW, plain", "AdamW", "EMA, plain", "EMA", "step", "copy", "step beside", "rest"]
+
+
+@pytest.mark.parametrize("arguments, message", [(["--rounds", "0"], "--rounds 0: wanted 1 or more"), (["--threads", "0"], "--threads 0"),
+                                                (["--json", "FILE/report.json"], "--json .*FILE is a file")])
+def test_wrong_arguments_are_told_before_any_work(monkeypatch, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    with pytest.raises(UserError, match=message):
+        common.start(common.make_parser("text", rounds=1).parse_args(arguments))
+
+
+def test_a_wrong_setting_is_told_before_any_work(monkeypatch):
+    args = train.parse_arguments(["--set", "model.depth=none"])
+    monkeypatch.setattr(train, "make_arm", None)
+    with pytest.raises(UserError, match="model.depth"):
+        common.measure_cases(args, CPU, train.cases_of(args), train.case_config, None, None, ())

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.common import model_flops
-from experiments import analysis, figures, run
+from benchmarks.work import model_flops
+from experiments import analysis, costs, figures, run
 from experiments.settings import arm_config, flops_of_steps, image_flops, load_setting, plan
-from utils.cli import EXIT_STOPPED
+from utils.cli import EXIT_STOPPED, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ["budget_steps=8", "samples=20", "snapshots=4", "grid_columns=1", "config.model.depth=1", "config.model.width=16",
@@ -58,8 +58,8 @@ def test_every_arm_spends_the_same_flops(name):
 
 
 def test_flops_between_counted_points_are_those_that_torch_counts():
-    model = arm_config(load_setting("cpu"), "masked-50", 0).model
-    assert image_flops(model, 48) == pytest.approx(model_flops(model, 0.25, training=True), rel=1e-9)  # a polynomial: exact
+    config = arm_config(load_setting("cpu"), "masked-50", 0)
+    assert image_flops(config, 48) == pytest.approx(model_flops(config, 0.25, training=True), rel=1e-9)  # a polynomial: exact
 
 
 def write_images(folder, count=24):
@@ -130,7 +130,7 @@ def test_stopped_experiment_goes_on_to_the_results_of_one_that_was_not(tmp_path,
             StopAfterFive.asked += 1
             return StopAfterFive.asked == 6
 
-    monkeypatch.setattr("utils.cli.StopNotice", StopAfterFive)
+    monkeypatch.setattr("experiments.run.StopNotice", StopAfterFive)
     command = [*command_of(tmp_path, folder="stopped"), *arms]
     assert run.main(command) == EXIT_STOPPED
     assert not list((tmp_path / "stopped" / "cpu").glob("*-seed*.json"))
@@ -146,9 +146,59 @@ def test_jobs_give_the_results_of_one_process_and_pass_a_failure_on(tmp_path, ca
     assert results_of(tmp_path / "two") == results_of(tmp_path / "one")
     assert len(results_of(tmp_path / "two")) == 2
     capsys.readouterr()
-    other = [text.replace("samples=20", "samples=10") for text in command]
-    assert run.main(other) == 2
-    assert "is of a setting with another samples" in capsys.readouterr().out
+    (tmp_path / "out-of-order/cpu").mkdir(parents=True)
+    (tmp_path / "out-of-order/cpu/unmasked-seed0").write_text("a file where the run's folder belongs")
+    assert run.main([*command, "--out", str(tmp_path / "three"), "--work", str(tmp_path / "out-of-order")]) == 1
+    assert "seed 0 ended with code 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("override, message", [
+    ("budget_stepz=3", "Key 'budget_stepz' not in 'Setting'"), ("budget_steps=many", "budget_steps|'many'"),
+    ("budget_steps=0", "budget_steps=0; wanted 1 or more"), ("samples=0", "samples=0"), ("snapshots=0", "snapshots=0"),
+    ("snapshots=3", "start=.*one of the 3 snapshots"), ("data=pictures", "data='pictures'; wanted one of latents, pixels"),
+    ("amp=fp8", "amp='fp8'"), ("seeds=[]", "seeds="), ("seeds=[-1]", "seeds="), ("seeds=[a]", "seeds|'a'"),
+    ("budget_arm=none", "budget_arm='none'; wanted one of dit"), ("config.train.lrr=1", "lrr"), ("config.train.lr=-1", "train.lr=-1"),
+    ("arms.masked-50.train.lrr=1", "lrr"), ("arms.masked-50=3", "arms.masked-50=3"), ("arms.masked-50.seeds=3", "arms.masked-50.seeds=3"),
+    ("arms.tuned-const.start=[none,0.75]", "arms.tuned-const.start"), ("arms.tuned-const.start=[masked-50,half]", "arms.tuned-const.start"),
+    ("costs.side=[4]", "costs=")])
+def test_every_value_of_a_setting_is_checked(override, message):
+    with pytest.raises(UserError, match=message):
+        load_setting("cpu", [override])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--arms", "none"], "--arms none: wanted some of dit"), (["--seeds", "-1"], "--seeds -1"), (["--jobs", "0"], "--jobs 0"),
+    (["--threads", "0"], "--threads 0"),
+    (["--arms", "tuned-const", "--seeds", "0"], "--arms tuned-const, seed 0: it starts from .*masked-50-seed0"),
+    (["--data", "nowhere"], "train-images-idx3-ubyte.gz is not in nowhere"), (["--out", "FILE"], "--out FILE/cpu cannot be written"),
+    (["--arms", "masked-25", "--set", "seeds=[3]"], "--arms masked-25: none of them has one of the setting's seeds")])
+def test_a_wrong_command_is_refused_before_any_work(tmp_path, monkeypatch, arguments, message):
+    command = command_of(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("")
+    monkeypatch.setattr("experiments.scoring.Latents", None)  # encoding the data would be work
+    with pytest.raises(UserError, match=message):
+        run.main([*command, *arguments])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "work-out").exists()
+
+
+def test_results_of_another_setting_are_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "out/cpu").mkdir(parents=True)
+    shutil.copy(ROOT / "experiments/results/cpu/dit-seed1.json", tmp_path / "out/cpu")
+    monkeypatch.setattr("experiments.scoring.Latents", None)
+    with pytest.raises(UserError, match="dit-seed1.json is of a setting with another"):
+        run.main([*command_of(tmp_path), "--seeds", "0", "1"])
+    (tmp_path / "out/cpu/dit-seed1.json").write_text("{}")
+    with pytest.raises(UserError, match="dit-seed1.json is no result of an experiment"):
+        run.main([*command_of(tmp_path), "--seeds", "0", "1"])
+
+
+@pytest.mark.parametrize("overrides", [["costs.sides=[]"], ["costs.widths=3"], ["costs.tokens_per_step=0"], ["costs.widths=[30]"]])
+def test_costs_of_a_setting_are_checked_before_any_work(tmp_path, monkeypatch, overrides):
+    monkeypatch.setattr(costs, "count_paper", None)
+    with pytest.raises(UserError, match="costs|width"):
+        costs.main(["--setting", "cpu", "--out", str(tmp_path), "--set", *overrides])
+    assert not list(tmp_path.iterdir())
 
 
 def test_results_page_equals_the_stored_numbers():

@@ -7,10 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.startup import commands
-
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["torch", "omegaconf", "torchvision", "diffusers", "timm", "scipy", "matplotlib", "lmdb", "tensorboard", "requests"]
+
+
+
+def commands():
+    """Everything that can be run: scripts by path, modules of the packages as `python -m` takes them."""
+    folders = (".", "scripts", "utils", "fid", "benchmarks", "experiments")
+    files = [path.relative_to(ROOT) for folder in folders for path in ROOT.glob(f"{folder}/*.py")
+             if '__name__ == "__main__"' in path.read_text() or path.name == "__main__.py"]
+    return sorted(str(path) if path.parent.name in ("", "scripts") else ".".join(path.with_suffix("").parts).removesuffix(".__main__")
+                  for path in files)
+
 
 RUNNER = """
 import json, runpy, sys
