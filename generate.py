@@ -81,8 +81,9 @@ def main():
         raise UserError(f"--num_process_per_node {args.num_process_per_node}: wanted at least 1")
     from utils import distributed
 
-    if args.num_process_per_node and not distributed.launched():
-        return distributed.launch(__file__, sys.argv[1:], args.num_process_per_node)
+    code = distributed.launch(__file__, sys.argv[1:], args.num_process_per_node)
+    if code is not None:
+        return code
     distributed.init()
     code = sample(args, overrides, seeds)
     distributed.shutdown()
@@ -98,11 +99,14 @@ def sample(args, overrides, seeds):
     from utils.files import told
     from utils.logging import Progress, say
     from utils.precision import setup_backends, use_compile
+    from utils.schema import notes
 
     device = distributed.device()
     net, config, class_names, latents = load_net(args.ckpt_path, args.which, args.config, overrides, device)
     setup_backends(tf32=False, deterministic=True, compiled=use_compile(config.sample.compile, device))
     check_sampler(config.sample)
+    for note in notes(config, "sample"):
+        say(note)
     class_idx = resolve_classes(args.class_idx, net.num_classes, class_names)
     decode = evaluator = None
     if args.format != "latents" or args.ref_path:

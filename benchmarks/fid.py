@@ -29,10 +29,10 @@ def make_features(weights, images):
     import pytorch_fid.inception as peer
     import torch
 
-    from fid.inception import FeatureExtractor
+    from fid.embeddings import Inception
 
     peer.load_state_dict_from_url = lambda *args, **kwargs: torch.load(weights, weights_only=True)  # instead of a download
-    ours, theirs = FeatureExtractor(weights, device="cpu"), peer.InceptionV3([3]).eval()
+    ours, theirs = Inception(weights, device="cpu"), peer.InceptionV3([3]).eval()
 
     @torch.no_grad()
     def features():

@@ -214,7 +214,8 @@ class ArrayImages(ImageSet):
     def __init__(self, path, array, labels, resolution, xflip=False, pad=False, class_names=()):
         if array.dtype != np.uint8 or array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[3] not in (1, 3)):
             raise UserError(f"{path}: images are {array.dtype} of shape {array.shape}, "
-                            f"wanted uint8 (N, H, W) or (N, H, W, 1 or 3)")
+                            f"wanted uint8 (N, H, W) or (N, H, W, 1 or 3); if the layout is NCHW, use images.transpose(0, 2, 3, 1), "
+                            f"for values in [-1, 1] floor((x + 1) * 127.5)")
         if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu"):
             raise UserError(f"{path}: labels are {labels.dtype} of shape {labels.shape}, wanted integers {array.shape[:1]}")
         wanted = np.zeros(len(array), np.int64) if labels is None else labels.astype(np.int64)

@@ -14,6 +14,7 @@ import sys
 
 from utils import cli
 from utils.cli import UserError
+from utils.files import make_folder
 
 COMMANDS = ("calc", "ref")
 
@@ -59,85 +60,65 @@ def parse_args(argv):
 
 
 def check_outputs(args):
-    """Raise ValueError if a file that is to be written at the end cannot be one."""
-    if args.command == "ref":
-        if not args.dest.endswith(".npz"):
-            raise UserError(f"--dest {args.dest} has to end with .npz, or it cannot be read as a reference")
-        if os.path.isfile(args.dest) and os.path.exists(args.data) and os.path.samefile(args.dest, args.data):
-            raise UserError(f"--dest {args.dest} is the data set itself, which would be lost; give another file")
+    """Raise UserError if a file that is to be written at the end cannot be one."""
     outputs = {"--dest": args.dest} if args.command == "ref" else {"--json": args.json, "--neighbours": args.neighbours}
+    if args.command == "ref" and not args.dest.endswith(".npz"):
+        raise UserError(f"--dest {args.dest} has to end with .npz, or it cannot be read as a reference")
+    if args.command == "ref" and os.path.isfile(args.dest) and os.path.exists(args.data) and os.path.samefile(args.dest, args.data):
+        raise UserError(f"--dest {args.dest} is the data set itself, which would be lost; give another file")
     for option, path in outputs.items():
-        if not path:
-            continue
-        if os.path.isdir(path):
+        if path and os.path.isdir(path):
             raise UserError(f"{option} {path} is a folder; give the name of a file")
-        try:
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{option} {path}: its folder cannot be made ({error.strerror})") from None
-        if not os.access(path if os.path.exists(path) else os.path.dirname(path) or ".", os.W_OK):
-            raise UserError(f"{option} {path} cannot be written; give a place where you may write")
+        if path:
+            make_folder(os.path.dirname(path) or ".", f"{option} {path}: its folder")
 
 
 def calc(args):
     from fid import evaluate
-    from fid.neighbours import check_same_size, save_neighbours
-    from fid.sources import open_source
+    from fid.sources import Source, holds
+    from utils import distributed
     from utils.logging import say
-    source = open_source(args.images, args.num, args.seed)
-    reference = evaluate.Reference(args.ref)
+    source, reference = Source(args.images, args.num, args.seed), evaluate.Reference(args.ref)
     if args.neighbours:
-        check_same_size(source, reference)
+        evaluate.check_neighbours(source, reference)
     evaluator = evaluate.Evaluator(
-        reference, metrics=evaluate.parse_metrics(args.metrics), embedding=args.embedding, weights=args.weights,
-        num_images=len(source), interval=args.interval, keep_features=bool(args.neighbours), batch_size=args.batch,
-        seed=args.seed, conversion="as stored")
-    evaluate.add_all(evaluator, source, "samples")
+        reference, metrics=args.metrics, embedding=args.embedding, weights=args.weights, num_images=len(source), interval=args.interval,
+        keep_features=bool(args.neighbours), batch_size=args.batch, seed=args.seed, conversion="as stored")
+    evaluator.add_all(source)
     result = evaluator.result()
     result["settings"]["images"] = source.name
-    if holds_statistics(args.images):
+    if holds(args.images, "mu"):
         result["warnings"].append(f"{args.images} is a reference itself (it holds mu and sigma) and was measured by its images arr_0; "
                                   "if that is not what you want, swap --images and --ref")
     say(evaluate.format_result(result))
-    if args.neighbours:
-        pool = evaluator.samples()
-        main_only(lambda: save_neighbours(args.neighbours, source, pool, reference))
     if args.json:
         evaluate.save_result(args.json, result)
+    if args.neighbours and distributed.is_main():
+        evaluate.save_neighbours(args.neighbours, source, evaluator)
 
 
 def ref(args):
-    from fid import evaluate, statistics
     from fid.embeddings import make_embedding
-    from fid.sources import open_source
+    from fid.evaluate import embedding_settings
+    from fid.sources import Source, holds
+    from fid.statistics import FeatureStream, save_statistics
+    from utils import distributed
     from utils.logging import say
-    source = open_source(args.data, args.num, args.seed)
-    kept = open_source(args.data, args.keep, args.seed) if args.keep else None
-    if holds_statistics(args.data):
+    source = Source(args.data, args.num, args.seed)
+    kept = Source(args.data, args.keep, args.seed, option="--keep") if args.keep else None
+    if len(source) < 2:
+        raise UserError(f"{args.data}: {len(source)} images, a covariance needs at least 2 (and an FID thousands)")
+    if holds(args.data, "mu"):
         say(f"warning: {args.data} is a reference itself: its mu and sigma are of a whole data set, those that are written now are of "
             f"its {len(source)} images arr_0; for published numbers give it to --ref as it is")
-    stored = evaluate.make_reference(source, make_embedding(args.embedding, args.weights), args.batch)
-    images = kept.read(range(len(kept))) if kept else None
-    main_only(lambda: statistics.save_statistics(args.dest, stored, images))
-    say(f"wrote {args.dest}: statistics of {stored.pool.num_images} images"
-        + (f", {len(kept)} of them kept for precision and recall" if kept else ""))
-
-
-def holds_statistics(path):
-    """True for an .npz that is made to be a reference: an ADM batch, a file of `ref`."""
-    from fid.statistics import open_npz
-    if not path.endswith(".npz"):
-        return False
-    with open_npz(path) as file:
-        return "mu" in file
-
-
-def main_only(write):
-    """Let rank 0 write, and the others wait until it has."""
-    from utils import distributed
+    embedding = make_embedding(args.embedding, args.weights)
+    stream = FeatureStream(embedding, spatial=args.embedding == "inception")
+    stream.add_source(source, args.batch, "reference", keep=None)
+    gaussians = stream.gaussians()
+    settings = {**embedding_settings(embedding), "conversion": "as stored", "num_images": len(source)}
     if distributed.is_main():
-        write()
-    distributed.barrier()
+        save_statistics(args.dest, gaussians, settings, kept and kept.read(range(len(kept))))
+    say(f"wrote {args.dest}: statistics of {len(source)} images" + (f", {len(kept)} of them kept for precision and recall" if kept else ""))
 
 
 def main():

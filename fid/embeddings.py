@@ -1,77 +1,102 @@
 """What turns images into features: Inception for FID, or another network for data that Inception does not suit.
 
-An embedding has `name`, `dim`, `settings` (what has to be known to repeat its numbers) and is called with images
-(B, H, W, 3) uint8; it returns features (B, dim) float32. Only the Inception one has the second tap that sFID needs.
+An embedding has `name`, `dim`, `device` and `settings` (what has to be known to repeat its numbers) and is called with images.
+Only the Inception one has the second tap that sFID needs.
 """
 
+import contextlib
+import hashlib
 import os
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fid import inception
+from fid.sources import check_images
 from utils import distributed
 from utils.cli import UserError
 
 DEFAULT_CLASSIFIER = "assets/demo-classifier"
+DEFAULT_INCEPTION = "assets/pt_inception-2015-12-05-6726825d.pth"
+PUBLISHED_SHA256_PREFIX = "6726825d"
 NUM_FEATURES = 64
 PIXEL_GRID = 16
+# Images at a time on a CPU: fewer leave the fast convolutions unused, more fall out of its cache, and arrays above 32 MiB
+# are given back to the system and cleared anew at every step. The first layers have the large maps.
+CPU_CHUNK, CPU_STEM_CHUNK = 16, 2
 
 
 def make_embedding(name="inception", weights=None, device=None):
-    """Build an embedding by name.
+    """Build an embedding by name: "inception", "pixels", "classifier" or the folder of one, a timm model as NAME or "timm:NAME".
 
-    name: "inception"; "pixels"; "classifier", or the folder of one; or a timm model name, plain or as "timm:NAME".
     weights: file of Inception weights, folder of the classifier, or a local timm checkpoint; None takes the default place
-    (timm: its own pretrained weights, which need a connection). Raises FileNotFoundError or ValueError with the remedy.
+    (timm: its own pretrained weights, which need a connection). Raises UserError with the remedy.
     """
     device = torch.device(device if device is not None else distributed.device())
     if name == "inception":
-        return Inception(weights if weights is not None else inception.DEFAULT_WEIGHTS, device)
+        return Inception(weights or DEFAULT_INCEPTION, device)
     if name == "pixels":
         return Pixels(device)
-    if name == "classifier":
-        return Classifier(weights if weights is not None else DEFAULT_CLASSIFIER, device)
-    if os.path.isdir(name):
-        return Classifier(name, device)
+    if name == "classifier" or os.path.isdir(name):
+        return Classifier(weights or (DEFAULT_CLASSIFIER if name == "classifier" else name), device)
     return Timm(name.removeprefix("timm:"), weights, device)
 
 
-class Inception:
+class Embedding:
+    """Images (B, H, W, 3) uint8, numpy or torch -> features (B, dim) float32 on `device`; sub-classes fill in `features` and the rest."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def __call__(self, images):
+        return self._run(self.features, images)
+
+    @torch.no_grad()
+    def _run(self, function, images):
+        check_images(images)
+        with full_precision(self.device):
+            return function(torch.as_tensor(images).to(self.device, non_blocking=True))
+
+
+class Inception(Embedding):
     """The published FID features; the only embedding whose numbers are called FID, sFID and Inception Score."""
 
     name = "inception"
-    dim = inception.POOL_DIM
-    spatial_dim = inception.SPATIAL_DIM
 
     def __init__(self, weights, device):
-        self.extractor = inception.FeatureExtractor(weights, device)
-        self.device = torch.device(device)
-        self.class_weight = self.extractor.class_weight
-        self.settings = {"resize": inception.RESIZE, "weights_sha256": self.extractor.weights_sha256}
+        super().__init__(device)
+        from fid import inception  # torchvision takes more than a second to import
+        state = read_tensors(weights, "get it with `python3 download_assets.py --name inception`, or give its place with --weights")
+        net = inception.make_network()
+        load_strictly(net, state, weights, "give the FID Inception file pt_inception-2015-12-05-6726825d.pth")
+        self.dim, self.spatial_dim = inception.POOL_DIM, inception.SPATIAL_DIM
+        self.class_weight = state["fc.weight"].float().to(self.device)  # (1008, 2048); IS uses no bias
+        self.net = inception.InceptionTrunk(net).to(self.device, memory_format=torch.channels_last)
+        self.settings = {"resize": inception.RESIZE, "weights_sha256": hash_file(weights)}
 
-    def __call__(self, images):
-        return self.extractor(images)[0]
+    def features(self, images):
+        return self._taps(images)[0]
 
     def both_taps(self, images):
-        return self.extractor(images)
+        """Pool (B, 2048) and spatial (B, 2023) features; arguments as in a call."""
+        return self._run(self._taps, images)
+
+    def _taps(self, images):
+        if self.device.type != "cpu":
+            return self.net.trunk(self.net.stem(images))
+        taps = [self.net.trunk(torch.cat([self.net.stem(few) for few in part.split(CPU_STEM_CHUNK)])) for part in images.split(CPU_CHUNK)]
+        return tuple(torch.cat(tap) for tap in zip(*taps))
 
 
-class Pixels:
+class Pixels(Embedding):
     """The pixels themselves, scaled to 0..1; averaged down to 16 x 16 so that few images suffice. dim 768."""
 
     name = "pixels"
     dim = PIXEL_GRID * PIXEL_GRID * 3
+    settings = {"resize": f"area-{PIXEL_GRID}"}
 
-    def __init__(self, device):
-        self.device = torch.device(device)
-        self.settings = {"resize": f"area-{PIXEL_GRID}"}
-
-    def __call__(self, images):
-        inception.check_images(images)
-        x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).float() / 255
-        return F.adaptive_avg_pool2d(x, PIXEL_GRID).flatten(1)
+    def features(self, images):
+        return F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, PIXEL_GRID).flatten(1)
 
 
 class ClassifierNet(nn.Module):
@@ -80,9 +105,8 @@ class ClassifierNet(nn.Module):
     def __init__(self, num_classes=10):
         super().__init__()
         widths = (1, 16, 32, 32, 64, NUM_FEATURES)
-        strides = (1, 2, 1, 2, 1)
         layers = []
-        for width_in, width_out, stride in zip(widths, widths[1:], strides):
+        for width_in, width_out, stride in zip(widths, widths[1:], (1, 2, 1, 2, 1)):
             layers += [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()]
         self.trunk = nn.Sequential(*layers)
         self.head = nn.Linear(NUM_FEATURES, num_classes)
@@ -94,63 +118,54 @@ class ClassifierNet(nn.Module):
         return self.head(self.features(grey))
 
 
-class Classifier:
+class Classifier(Embedding):
     """The demo's classifier: features (B, 64) for FD-classifier, and the class it sees in each image."""
 
     name = "classifier"
     dim = NUM_FEATURES
 
     def __init__(self, folder, device):
+        super().__init__(device)
         path = os.path.join(folder, "model.safetensors")
-        if not os.path.isfile(path):
-            raise UserError(f"{path} not found; train it with `python scripts/train_demo_classifier.py`")
-        state = inception.read_tensors(path)
-        self.device = torch.device(device)
-        self.net = ClassifierNet(len(state.get("head.bias", ()))).to(device).eval()
-        _load_strictly(self.net, state, path)
-        self.settings = {"resize": "none", "weights_sha256": inception.hash_file(path)}
+        state = read_tensors(path, "train the classifier with `python scripts/train_demo_classifier.py`")
+        self.net = ClassifierNet(len(state.get("head.bias", ()))).eval()
+        load_strictly(self.net, state, path)
+        self.net.to(self.device)
+        self.settings = {"resize": "none", "weights_sha256": hash_file(path)}
 
-    @torch.no_grad()
-    def __call__(self, images):
-        with inception.full_precision(self.device):
-            return self.net.features(self._grey(images))
+    def features(self, images):
+        return self.net.features(self._grey(images))
 
-    @torch.no_grad()
     def classes(self, images):
-        """The class index (B,) int64 seen in each image."""
-        with inception.full_precision(self.device):
-            return self.net(self._grey(images)).argmax(1)
+        """The class index (B,) int64 seen in each image; arguments as in a call."""
+        return self._run(lambda images: self.net(self._grey(images)).argmax(1), images)
 
     def _grey(self, images):
-        inception.check_images(images)
         if tuple(images.shape[1:3]) != (32, 32):
             raise UserError(f"classifier: images are {images.shape[1]}x{images.shape[2]}, wanted 32x32 as in the demo; "
                             "for other images use --embedding inception")
-        return torch.as_tensor(images).to(self.device).float().mean(3)[:, None] / 255  # (B, 1, 32, 32)
+        return images.float().mean(3)[:, None] / 255  # (B, 1, 32, 32)
 
 
-class Timm:
+class Timm(Embedding):
     """The pooled features of a timm model, on images resized as the model expects (bicubic, antialiased)."""
 
     def __init__(self, name, weights, device):
-        self.name, self.device = name, torch.device(device)
-        self.net = _timm_model(name, weights).to(device).eval()
+        super().__init__(device)
         import timm
+        self.name, self.net = name, _timm_model(name, weights).to(device).eval()
         config = timm.data.resolve_model_data_config(self.net)
         self.size = config["input_size"][1:]
-        self.mean = torch.tensor(config["mean"], device=device)[:, None, None]
-        self.std = torch.tensor(config["std"], device=device)[:, None, None]
+        self.mean, self.std = (torch.tensor(config[key], device=device)[:, None, None] for key in ("mean", "std"))
         self.dim = getattr(self.net, "head_hidden_size", None) or self.net.num_features
-        digest = inception.hash_tensors(self.net.state_dict())
-        self.settings = {"resize": f"bicubic-antialias-{self.size[0]}x{self.size[1]}", "weights_sha256": digest}
+        digest = hashlib.sha256()
+        for key, tensor in sorted(self.net.state_dict().items()):
+            digest.update(key.encode() + tensor.cpu().numpy().tobytes())
+        self.settings = {"resize": f"bicubic-antialias-{self.size[0]}x{self.size[1]}", "weights_sha256": digest.hexdigest()}
 
-    @torch.no_grad()
-    def __call__(self, images):
-        inception.check_images(images)
-        with inception.full_precision(self.device):
-            x = torch.as_tensor(images).to(self.device).permute(0, 3, 1, 2).float()
-            x = F.interpolate(x, self.size, mode="bicubic", antialias=True).clamp_(0, 255) / 255
-            return self.net((x - self.mean) / self.std)
+    def features(self, images):
+        x = F.interpolate(images.permute(0, 3, 1, 2).float(), self.size, mode="bicubic", antialias=True).clamp_(0, 255) / 255
+        return self.net((x - self.mean) / self.std)
 
 
 def _timm_model(name, weights):
@@ -158,26 +173,72 @@ def _timm_model(name, weights):
     if not timm.is_model(name):
         raise UserError(f"embedding {name!r} is unknown; wanted inception, pixels, classifier or a timm model name, "
                         "for example timm:resnet18.a1_in1k")
-    if weights is None:
-        try:
-            return timm.create_model(name, pretrained=True, num_classes=0)
-        except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-            raise UserError(f"embedding {name}: its pretrained weights could not be fetched ({type(error).__name__}); "
-                            "give a local checkpoint of the model with --weights FILE") from error
-    if not os.path.isfile(weights):
-        raise UserError(f"{weights}: no such file; --weights wants a checkpoint of the timm model {name}")
-    model = timm.create_model(name, pretrained=False)
-    state = inception.read_tensors(weights)
-    _load_strictly(model, state, weights)
+    state = weights and read_tensors(weights, f"--weights wants a checkpoint of the timm model {name}")
+    try:
+        model = timm.create_model(name, pretrained=state is None)
+    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+        raise UserError(f"embedding {name}: its pretrained weights could not be fetched ({type(error).__name__}); "
+                        "give a local checkpoint of the model with --weights FILE") from error
+    if state is not None:
+        load_strictly(model, state, weights)
     model.reset_classifier(0)
     return model
 
 
-def _load_strictly(model, state, path):
-    own = model.state_dict()
-    wrong = [key for key in own.keys() | state.keys()
-             if key not in own or key not in state or own[key].shape != state[key].shape]
-    if wrong:
-        raise UserError(f"{path}: {len(wrong)} tensors do not fit the model, the first is {sorted(wrong)[0]}; "
-                        "give a plain state dict of exactly this model")
-    model.load_state_dict(state)
+def read_tensors(path, remedy):
+    """A state dict from a .safetensors file or a torch file, never by unpickling objects. remedy: what to do if there is no file."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such file; {remedy}")
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # in bytes that are no torch file the reader can stumble over anything; torch's texts advise to unpickle
+        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__}); "
+                        "was the download cut short, or is it a pickled network?") from error
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{path}: not a plain state dict (name -> tensor); save the network's state_dict() alone")
+    return state
+
+
+def load_strictly(net, state, source, remedy="give a plain state dict of exactly this model"):
+    """Load a state dict whose names and shapes have to be the network's. Raises UserError naming the first that is not."""
+    own = {name: tensor for name, tensor in net.state_dict().items() if name in state or not name.endswith("num_batches_tracked")}
+    for name in sorted(own.keys() | state.keys()):
+        if name not in state:
+            raise UserError(f"{source}: tensor {name} is missing ({len(state)} tensors found, {len(own)} wanted); {remedy}")
+        if name not in own:
+            raise UserError(f"{source}: tensor {name} is not of this model; {remedy}")
+        if own[name].shape != state[name].shape:
+            raise UserError(f"{source}: {name} is {tuple(state[name].shape)}, wanted {tuple(own[name].shape)}; {remedy}")
+    net.load_state_dict(dict(state), assign=next(net.parameters()).is_meta)
+
+
+def hash_file(path):
+    """sha256 of a file, hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def full_precision(device):
+    """Float32 arithmetic without TF32, bfloat16 or autocast, whatever the caller set; the settings are put back after."""
+    backends = torch.backends
+    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
+        holders, name, exact = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.conv,
+                                backends.mkldnn.matmul), "fp32_precision", "ieee"
+    else:
+        holders, name, exact = (backends.cuda.matmul, backends.cudnn), "allow_tf32", False
+    saved = [getattr(holder, name) for holder in holders]
+    matmul_precision = torch.get_float32_matmul_precision()
+    try:
+        for holder in holders:
+            setattr(holder, name, exact)
+        with torch.autocast(torch.device(device).type, enabled=False):
+            yield
+    finally:
+        for holder, value in zip(holders, saved):
+            setattr(holder, name, value)
+        if name == "allow_tf32":  # put back as True, it turns "medium" into "high"
+            torch.set_float32_matmul_precision(matmul_precision)

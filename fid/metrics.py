@@ -1,27 +1,36 @@
-"""The numbers, from features and statistics alone: Frechet distance, Inception Score, precision, recall, KID.
+"""The numbers, from features and statistics alone: Frechet distance and its interval, Inception Score, precision, recall, KID.
 
+METRICS at the end is what `--metrics` offers. To add a metric, write its function and give it a line there.
 Everything is computed in float64; features come in as float32.
 """
+
+import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from utils.cli import UserError
-
 IS_SPLIT = 5000
-ROWS = 1024      # rows per block of a distance matrix
-COLUMNS = 8192   # columns per block: 64 MiB of float64 distances at a time
+SORTED_RATIO = 1.1  # Inception Score of shuffled over file-order splits from which the order has spoiled it
+NEIGHBOURS = 3      # k of precision and recall; each side needs one image more
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+GROUPS = 20         # of the interval's jackknife
+BLOCK = 2 ** 23     # numbers in a block of a distance matrix, 64 MiB
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Frechet distance |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2) of two Gaussians.
 
     mu: (d,), sigma: (d, d) symmetric, numpy or torch. Exact for singular covariances: no eps on a diagonal, no complex numbers.
-    Returns a float. Raises ValueError where shapes differ or a number is not finite. Source: Dowson and Landau 1982.
+    Returns a float. Raises ValueError if shapes differ or a number is not finite. Source: Dowson and Landau 1982.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    _check_gaussians(mu1, sigma1, mu2, sigma2)
+    d = len(mu1)
+    for name, array, shape in (("mu1", mu1, (d,)), ("mu2", mu2, (d,)), ("sigma1", sigma1, (d, d)), ("sigma2", sigma2, (d, d))):
+        if array.shape != shape:
+            raise ValueError(f"frechet_distance: {name} is {array.shape}, wanted {shape}; both sides need the same features")
+        if not np.isfinite(array).all():
+            raise ValueError(f"frechet_distance: {name} holds NaN or infinity; a covariance needs at least 2 images")
     return frechet_to_root(mu1, covariance_root(sigma1), mu2, sigma2)
 
 
@@ -47,102 +56,109 @@ def _rank_cut(values):
     return max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps if len(values) else 0.0
 
 
-def _check_gaussians(mu1, sigma1, mu2, sigma2):
-    d = len(mu1)
-    for name, array, shape in (("mu1", mu1, (d,)), ("mu2", mu2, (d,)), ("sigma1", sigma1, (d, d)), ("sigma2", sigma2, (d, d))):
-        if array.shape != shape:
-            raise UserError(f"frechet_distance: {name} is {array.shape}, wanted {shape}; both sides need the same features")
-        if not np.isfinite(array).all():
-            raise UserError(f"frechet_distance: {name} holds NaN or infinity; a covariance needs at least 2 images")
+def mean_and_covariance(features):
+    """Mean (d,) and covariance (d, d) with ddof 1 of features (N, d), numpy float64."""
+    features = torch.as_tensor(features).double()
+    centred = features - features.mean(0)
+    return features.mean(0).cpu().numpy(), (centred.T @ centred / (len(features) - 1)).cpu().numpy()
+
+
+def jackknife_interval(reference, pool, groups=GROUPS, seed=0):
+    """95 % interval of the Frechet distance at this number of samples, over which samples were drawn.
+
+    reference: (mu, sigma), which counts as exact. pool: sample features (N, d). The samples are dealt into `groups` random groups,
+    each is left out once, and the spread of the distances gives the standard error.
+    Returns {"low", "high", "standard_error"}. Source: delete-a-group jackknife, Kott 2001.
+    """
+    from scipy.stats import t  # takes most of a second to import
+    mu, root = reference[0], covariance_root(reference[1])
+    order = np.random.default_rng(seed).permutation(len(pool))
+    group_of = torch.as_tensor(np.argsort(order) % groups, device=pool.device)
+    left_out = [frechet_to_root(mu, root, *mean_and_covariance(pool[group_of != group])) for group in range(groups)]
+    error = float(np.sqrt((groups - 1) * np.var(left_out)))
+    distance, reach = frechet_to_root(mu, root, *mean_and_covariance(pool)), float(t.ppf(0.975, groups - 1)) * error
+    return {"low": distance - reach, "high": distance + reach, "standard_error": error}
+
+
+def extrapolated_distance(reference, pool, points=15, seed=0):
+    """The Frechet distance that infinitely many samples would have, free of the bias of a finite number.
+
+    The distance is computed on random subsets of `points` sizes, and a straight line in 1/size is followed to 1/size = 0.
+    Arguments as jackknife_interval. Source: Chong and Forsyth 2020 (arXiv 1911.07023).
+    """
+    from scipy.stats import linregress
+    mu, root = reference[0], covariance_root(reference[1])
+    rng = np.random.default_rng(seed)
+    sizes = np.linspace(5000 if len(pool) >= 10000 else len(pool) // 2, len(pool), points).astype(int)
+    distances = [frechet_to_root(mu, root, *mean_and_covariance(pool[rng.choice(len(pool), size, replace=False)])) for size in sizes]
+    return float(linregress(1 / sizes, distances).intercept)
 
 
 def inception_score(pool, weights, split_size=IS_SPLIT):
-    """Inception Score of pooled features in file order, as the ADM evaluator defines it (no bias, splits of 5000).
+    """Inception Score of pooled features in file order, as the ADM evaluator defines it: no bias, mean over splits of 5000.
 
-    pool: (N, 2048). weights: fc.weight (1008, 2048), or what FeatureExtractor takes (a path or a state dict).
-    Returns the mean over splits as a float. Source: Salimans et al. 2016 (arXiv 1606.03498).
+    pool: (N, 2048). weights: fc.weight (1008, 2048). A short last split counts as one. Returns a float.
+    Source: Salimans et al. 2016 (arXiv 1606.03498).
     """
-    return float(np.mean(split_scores(class_log_probabilities(pool, weights), split_size)))
-
-
-def class_log_probabilities(pool, weights):
-    """(N, 1008) float64 log-softmax of pool @ fc.weight^T, without the bias. Arguments as inception_score."""
-    if not isinstance(weights, (np.ndarray, torch.Tensor)):
-        from fid.inception import load_weights
-        weights = load_weights(weights)[0]["fc.weight"]
-    pool = torch.as_tensor(pool)
+    pool, scores = torch.as_tensor(pool), []
     matrix = torch.as_tensor(weights).to(pool.device).double().T
-    return torch.cat([torch.log_softmax(rows.double() @ matrix, 1) for rows in pool.split(COLUMNS)])
-
-
-def split_scores(log_probabilities, split_size=IS_SPLIT):
-    """Scores exp(mean KL(p(y|x) || p(y))) of consecutive splits; a short last split counts as one."""
-    scores = []
-    for logs in log_probabilities.split(split_size):
+    for rows in pool.split(split_size):
+        logs = torch.log_softmax(rows.double() @ matrix, 1)
         p = logs.exp()
-        divergence = p * (logs - p.mean(0).log())
-        divergence = torch.where(p > 0, divergence, 0)  # 0 log 0 = 0
+        divergence = torch.where(p > 0, p * (logs - p.mean(0).log()), 0)  # 0 log 0 = 0
         scores.append(divergence.sum(1).mean().exp().item())
-    return scores
+    return float(np.mean(scores))
 
 
-def precision_recall(reference_pool, sample_pool, k=3):
-    """Improved precision and recall of samples against a reference set.
+def coverage(points, manifold, k=NEIGHBOURS):
+    """Share of the points (N, d) that lie on a manifold given by the points (M, d), as a float.
 
-    reference_pool (M, d), sample_pool (N, d): features, numpy or torch. A manifold is the union of balls around the set's
-    points that reach to each one's k-th nearest neighbour (itself excluded); precision is the share of samples in the
-    reference's manifold, recall the share of reference points in the samples'. Distances are squared and computed in
-    float64, so that float32 features decide alone. Returns two floats. Raises ValueError for sets of at most k points.
+    The manifold is the union of balls around its points that reach to each one's k-th nearest neighbour (itself excluded).
+    coverage(samples, reference) is improved precision, coverage(reference, samples) is improved recall. Distances are squared
+    and computed in float64, so that float32 features decide alone. Raises ValueError for a manifold of at most k points.
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991).
     """
-    reference, samples = torch.as_tensor(reference_pool), torch.as_tensor(sample_pool)
-    for name, features in (("reference", reference), ("samples", samples)):
-        if features.ndim != 2 or len(features) <= k:
-            raise UserError(f"precision_recall: {name} features are {tuple(features.shape)}, wanted (N, d) with N > k = {k}")
-    reference_radii, sample_radii = neighbour_radii(reference, k), neighbour_radii(samples, k)
-    in_reference = torch.zeros(len(samples), dtype=torch.bool, device=samples.device)
-    in_samples = torch.zeros(len(reference), dtype=torch.bool, device=samples.device)
-    for row, column, distances in distance_blocks(reference, samples):
-        in_reference[column] |= (distances <= reference_radii[row, None]).any(0)
-        in_samples[row] |= (distances <= sample_radii[column]).any(1)
-    return in_reference.double().mean().item(), in_samples.double().mean().item()
+    points, manifold = torch.as_tensor(points), torch.as_tensor(manifold)
+    if manifold.ndim != 2 or len(manifold) <= k:
+        raise ValueError(f"coverage: the manifold's points are {tuple(manifold.shape)}, wanted (M, d) with M > k = {k}")
+    radii = neighbour_radii(manifold, k)
+    return torch.cat([(distances <= radii).any(1) for distances in distance_blocks(points, manifold)]).double().mean().item()
 
 
 def neighbour_radii(features, k):
     """Squared distance (N,) float64 from each point to its k-th nearest other point."""
-    nearest = torch.full((len(features), k + 1), torch.inf, dtype=torch.float64, device=features.device)
-    for row, column, distances in distance_blocks(features, features):
-        best = torch.cat([nearest[row], distances], 1)
-        nearest[row] = best.topk(k + 1, largest=False).values
-    return nearest[:, k]  # the nearest of all is the point itself, at distance 0
+    return nearest_neighbours(features, features, k + 1)[0][:, k]  # the nearest of all is the point itself, at distance 0
 
 
 def nearest_neighbours(queries, features, k):
-    """Distances (Q, k) and indices (Q, k) of each query's k nearest features, nearest first."""
-    k = min(k, len(features))
-    best = torch.full((len(queries), k), torch.inf, dtype=torch.float64, device=queries.device)
-    index = torch.zeros((len(queries), k), dtype=torch.int64, device=queries.device)
-    for row, column, distances in distance_blocks(queries, features):
-        places = torch.arange(column.start, column.start + distances.shape[1], device=queries.device)
-        joined = torch.cat([best[row], distances], 1)
-        best[row], chosen = joined.topk(k, largest=False)
-        index[row] = torch.cat([index[row], places.expand(len(distances), -1)], 1).gather(1, chosen)
-    return best.sqrt(), index
+    """Squared distances (Q, k) and indices (Q, k) of each query's k nearest features, nearest first."""
+    found = [distances.topk(min(k, len(features)), largest=False) for distances in distance_blocks(queries, features)]
+    return torch.cat([block.values for block in found]), torch.cat([block.indices for block in found])
 
 
 def distance_blocks(a, b):
-    """Yield (rows of a, rows of b, squared distances between them) as (slice, slice, float64 matrix), block by block."""
-    for start in range(0, len(a), ROWS):
-        row = slice(start, min(start + ROWS, len(a)))
-        left = a[row].double()
-        left_norm = left.square().sum(1)[:, None]
-        for begin in range(0, len(b), COLUMNS):
-            column = slice(begin, min(begin + COLUMNS, len(b)))
-            right = b[column].double()
-            scale = left_norm + right.square().sum(1)
-            distances = torch.addmm(scale, left, right.T, alpha=-2)
-            # What rounding leaves of equal points is 0, so that duplicates lie inside a ball of radius 0.
-            yield row, column, torch.where(distances > 64 * torch.finfo(torch.float64).eps * scale, distances, 0)
+    """Yield the squared distances between a (N, d) and b (M, d) as float64 matrices (n, M), some rows of a at a time."""
+    b = b.double()
+    norms = b.square().sum(1)
+    for rows in a.split(max(1, BLOCK // len(b))):
+        rows = rows.double()
+        scale = rows.square().sum(1)[:, None] + norms
+        distances = torch.addmm(scale, rows, b.T, alpha=-2)
+        # What rounding leaves of equal points is 0, so that duplicates lie inside a ball of radius 0.
+        yield torch.where(distances > 64 * torch.finfo(torch.float64).eps * scale, distances, 0)
+
+
+def closest_pairs(sample_pool, reference_pool, num_samples=8, num_neighbours=5):
+    """The samples that lie closest to a real image for how far real images lie apart there, the suspicious ones first.
+
+    Returns sample indices (S,), reference indices (S, K) nearest first, and (S,) ratios: the sample's distance to its nearest
+    real image over that image's distance to the next real one. A copy has ratio 0; samples as new as real ones have about 1.
+    """
+    distances, indices = nearest_neighbours(sample_pool, reference_pool, num_neighbours)
+    apart = neighbour_radii(reference_pool, 1)[indices[:, 0]]
+    ratios = distances[:, 0].sqrt() / apart.sqrt().clamp(min=1e-12)
+    rows = ratios.argsort(stable=True)[:num_samples]
+    return rows.cpu().numpy(), indices[rows].cpu().numpy(), ratios[rows].cpu().numpy()
 
 
 def kernel_distance(a, b):
@@ -152,11 +168,11 @@ def kernel_distance(a, b):
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def mean_off_diagonal(matrix):
-        n = len(matrix)
-        return (matrix.sum() - matrix.diagonal().sum()) / (n * (n - 1))
+    def within(x):
+        matrix = kernel(x, x)
+        return (matrix.sum() - matrix.diagonal().sum()) / (len(x) * (len(x) - 1))
 
-    return (mean_off_diagonal(kernel(a, a)) + mean_off_diagonal(kernel(b, b)) - 2 * kernel(a, b).mean()).item()
+    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
 
 
 def kid(reference_pool, sample_pool, num_subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=0):
@@ -168,15 +184,63 @@ def kid(reference_pool, sample_pool, num_subsets=KID_SUBSETS, subset_size=KID_SU
     reference, samples = torch.as_tensor(reference_pool), torch.as_tensor(sample_pool)
     size = min(subset_size, len(reference), len(samples))
     if size < 2:
-        raise UserError(f"kid: {len(reference)} reference and {len(samples)} sample features, wanted at least 2 of each")
+        raise ValueError(f"kid: {len(reference)} reference and {len(samples)} sample features, wanted at least 2 of each")
     rng = np.random.default_rng(seed)
     values = [kernel_distance(reference[rng.choice(len(reference), size, replace=False)],
                               samples[rng.choice(len(samples), size, replace=False)]) for _ in range(num_subsets)]
     return float(np.mean(values)), float(np.std(values))
 
 
-def mean_and_covariance(features):
-    """Mean (d,) and covariance (d, d) with ddof 1 of features (N, d), numpy float64."""
-    features = torch.as_tensor(features).double()
-    centred = features - features.mean(0)
-    return features.mean(0).cpu().numpy(), (centred.T @ centred / (len(features) - 1)).cpu().numpy()
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """compute(evaluator) gives the number, or {suffix of its name: number}; it may append to evaluator.warnings.
+
+    It finds gaussians {tap: (mu, sigma)} and pool, features (N, d) in file order, in the evaluator and in evaluator.reference;
+    and evaluator.seed for random choices.
+
+    title: its name on Inception features. other: its name on other features, followed by theirs; "" if it is defined on Inception only.
+    tap: the Gaussians that it compares, "pool" or "spatial"; "" if it looks at the pool of the samples.
+    images: it looks at the pool of the reference, which takes images. least: images that each side needs.
+    """
+    compute: Callable
+    title: str
+    other: str = ""
+    tap: str = ""
+    images: bool = False
+    least: int = 2
+
+    def name(self, embedding):
+        """Only Inception's Frechet distance is called FID."""
+        return self.title if embedding == "inception" else f"{self.other}-{embedding}"
+
+
+def _distance(evaluator, tap):
+    return frechet_distance(*evaluator.reference.gaussians[tap], *evaluator.gaussians[tap])
+
+
+def _inception_score(evaluator):
+    """The score in file order, with a warning if that order is what makes it low."""
+    pool = evaluator.pool
+    order = torch.as_tensor(np.random.default_rng(evaluator.seed).permutation(len(pool)), device=pool.device)
+    score, shuffled = (inception_score(some, evaluator.embedding.class_weight, IS_SPLIT) for some in (pool, pool[order]))
+    if shuffled >= SORTED_RATIO * score:
+        evaluator.warnings.append(
+            f"IS is {score:.4g} in file order and {shuffled:.4g} shuffled: the samples look sorted by class, which ruins it, because "
+            f"it is computed on splits of {IS_SPLIT}; mix the classes (generate.py does when it draws a class per seed)")
+    return score
+
+
+def _kid(evaluator):
+    mean, deviation = kid(evaluator.reference.pool, evaluator.pool, seed=evaluator.seed)
+    return {"": mean, "_std": deviation}
+
+
+METRICS = {
+    "fid": Metric(lambda e: _distance(e, "pool"), "FID", "FD", tap="pool"),
+    "sfid": Metric(lambda e: _distance(e, "spatial"), "sFID", tap="spatial"),
+    "is": Metric(_inception_score, "IS"),
+    "precision": Metric(lambda e: coverage(e.pool, e.reference.pool), "precision", "precision", images=True, least=NEIGHBOURS + 1),
+    "recall": Metric(lambda e: coverage(e.reference.pool, e.pool), "recall", "recall", images=True, least=NEIGHBOURS + 1),
+    "kid": Metric(_kid, "KID", "KD", images=True),
+}
+TABLE = ("fid", "sfid", "is", "precision", "recall")  # what is computed if nothing is asked for

@@ -1,22 +1,24 @@
-"""Mean and covariance of features, streamed in float64, and the files that hold them."""
-
-import dataclasses
-import zipfile
-import zlib
-from pathlib import Path
+"""Features of one image set: collected over batches and processes, their mean and covariance, and the files that hold these."""
 
 import numpy as np
 import torch
 
+from dataset.base import open_npz, read_npz
+from fid.sources import batches, check_images
 from utils import distributed
 from utils.cli import UserError
+from utils.files import told, write_whole
+from utils.logging import Progress
+
+SETTINGS = ("embedding", "weights_sha256", "resize", "conversion", "num_images", "software")
+SUFFIX_OF = {"pool": "", "spatial": "_s"}  # of the keys in ADM's files
 
 
 class RunningStatistics:
     """Float64 sums of features (B, d) over batches and processes; the mean and the covariance (ddof 1) at the end."""
 
     def __init__(self, dim, device="cpu"):
-        self.count = 0
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.total = torch.zeros(dim, dtype=torch.float64, device=device)
         self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
 
@@ -26,94 +28,112 @@ class RunningStatistics:
         self.total += features.sum(0)
         self.outer.addmm_(features.T, features)
 
-    def merged(self, name):
-        """The Gaussian of all processes' features; every process has to call. Raises ValueError with fewer than 2 images."""
-        count = distributed.all_reduce_sum(torch.tensor([self.count], dtype=torch.float64, device=self.total.device)).item()
-        total = distributed.all_reduce_sum(self.total.clone())
-        outer = distributed.all_reduce_sum(self.outer.clone())
-        if count < 2:
-            raise UserError(f"{name}: {count:.0f} images, a covariance needs at least 2 (and an FID thousands)")
+    def gaussian(self):
+        """(mu (d,), sigma (d, d)) float64 of all processes' features; every process has to call."""
+        count, total, outer = (distributed.all_reduce_sum(part.clone()) for part in (self.count, self.total, self.outer))
         mu = total / count
         sigma = (outer - count * torch.outer(mu, mu)) / (count - 1)
-        return Gaussian(mu.cpu().numpy(), sigma.cpu().numpy(), int(count))
+        return mu.cpu().numpy(), sigma.cpu().numpy()
 
 
-@dataclasses.dataclass(frozen=True)
-class Gaussian:
-    """mu (d,), sigma (d, d) float64; num_images is None where the file does not say."""
-    mu: np.ndarray
-    sigma: np.ndarray
-    num_images: int | None = None
+class FeatureStream:
+    """Features of one image set, collected batch by batch on every process.
 
+    spatial: also those of the embedding's second tap. Batches are numbered 0, 1, 2, ... over all processes.
+    """
 
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """What a statistics file holds: features' Gaussian, sFID's Gaussian or None, how they were made (settings, may be empty)."""
-    pool: Gaussian
-    spatial: Gaussian | None
-    settings: dict
+    def __init__(self, embedding, spatial=False):
+        self.embedding = embedding
+        self.running = {"pool": RunningStatistics(embedding.dim, embedding.device)}
+        if spatial:
+            self.running["spatial"] = RunningStatistics(embedding.spatial_dim, embedding.device)
+        self.kept = {}         # batch_index -> features (n, d)
+        self.counts = {}       # batch_index -> images in it
+        self.image_size = None
 
+    def add(self, images, batch_index, keep):
+        """images: (B, H, W, 3) uint8; keep: bool (B,), whose features to hold on to (None: nobody's)."""
+        check_images(images)
+        size = tuple(images.shape[1:3])
+        if self.image_size not in (None, size):
+            raise UserError(f"images: mixed sizes, {self.image_size} before and {size} in batch {batch_index}; "
+                            "crop and resize all images to one size first")
+        if batch_index in self.counts:
+            raise ValueError(f"batch_index {batch_index} was given twice; number the global batches 0, 1, 2, ...")
+        features, spatial = self.embedding.both_taps(images) if "spatial" in self.running else (self.embedding(images), None)
+        if not features.isfinite().all():
+            raise UserError(f"{self.embedding.name}: features of batch {batch_index} hold NaN or infinity; its weights are damaged, "
+                            "get them anew")
+        self.image_size, self.counts[batch_index] = size, len(features)
+        self.running["pool"].add(features)
+        if spatial is not None:
+            self.running["spatial"].add(spatial)
+        if keep is not None:
+            self.kept[batch_index] = features[torch.as_tensor(keep, device=features.device)]
 
-SETTINGS = ("embedding", "weights_sha256", "resize", "conversion", "num_images", "software")
+    def add_source(self, source, batch_size, what, keep, positions=None):
+        """Add this process's share of an image set, with progress under the name `what`.
 
+        keep: bool (N,) over the set, as in `add`. positions: of the images to add, ascending (M,); None takes all.
+        """
+        positions = np.arange(len(source)) if positions is None else positions
+        with Progress(len(positions), what, "images") as progress:
+            for index, images in batches(source, batch_size, positions):
+                rows = positions[index * batch_size:(index + 1) * batch_size]
+                self.add(images, index, None if keep is None else keep[rows])
+                progress.update(min(len(images) * distributed.world_size(), progress.total - progress.done))  # all are about as far
 
-DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError)  # what a file that is cut or changed can raise
+    def count(self):
+        """Number of images over all processes, each of which has to call. Raises ValueError if a batch is missing."""
+        parts = distributed.all_gather_object(self.counts)
+        given = sorted(index for counts in parts for index in counts)
+        if given != list(range(len(given))):
+            raise ValueError(f"batches {given[:20]} over all processes, wanted each of 0, 1, 2, ... once; "
+                             "give batch k to rank k mod the number of processes")
+        return sum(count for counts in parts for count in counts.values())
 
+    def gaussians(self):
+        """{tap: (mu, sigma)} over all processes."""
+        return {tap: running.gaussian() for tap, running in self.running.items()}
 
-def open_npz(path):
-    """np.load of an .npz that never unpickles. Raises FileNotFoundError or ValueError."""
-    try:
-        file = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except DAMAGE as error:
-        raise UserError(f"{path}: not a readable .npz ({error}); was the download cut short?") from None
-    if not isinstance(file, np.lib.npyio.NpzFile):
-        raise UserError(f"{path}: a single array, wanted an .npz; save it with np.savez(path, arr_0=images)")
-    return file
-
-
-def read_array(path, file, key):
-    """One array of an open .npz. Raises ValueError if it is damaged, or holds objects that would have to be unpickled."""
-    try:
-        return file[key]
-    except DAMAGE as error:
-        raise UserError(f"{path}: {key} is damaged or not a plain number array ({error}); get or make the file anew") from None
+    def pool(self):
+        """The kept features (N, d) in the order of the batches, on every process."""
+        parts = distributed.all_gather_object({index: rows.cpu() for index, rows in self.kept.items()})
+        kept = {index: rows for part in parts for index, rows in part.items()}
+        return torch.cat([kept[index] for index in sorted(kept)]).to(self.embedding.device)
 
 
 def load_statistics(path):
-    """Read mu, sigma (and mu_s, sigma_s) of an ADM batch, an EDM reference or our own file; None if it holds no mu."""
+    """Read an ADM batch, an EDM reference or our own file.
+
+    Returns ({"pool": (mu, sigma) and, if the file serves sFID, "spatial": likewise}, settings, which may be empty); (None, None) if
+    the file holds no mu.
+    """
     with open_npz(path) as file:
         if "mu" not in file or "sigma" not in file:
-            return None
-        settings = {key: read_array(path, file, key).item() for key in SETTINGS if key in file}
-        pool = _gaussian(path, file, "mu", "sigma", settings.get("num_images"))
-        spatial = None
-        if "mu_s" in file and "sigma_s" in file:
-            spatial = _gaussian(path, file, "mu_s", "sigma_s", settings.get("num_images"))
-    return Stored(pool, spatial, settings)
+            return None, None
+        gaussians = {tap: _read_gaussian(path, file, f"mu{suffix}", f"sigma{suffix}") for tap, suffix in SUFFIX_OF.items()
+                     if f"mu{suffix}" in file and f"sigma{suffix}" in file}
+        return gaussians, {key: read_npz(path, file, key).tolist() for key in SETTINGS if key in file}
 
 
-def _gaussian(path, file, mu_key, sigma_key, num_images):
-    mu, sigma = (read_array(path, file, key) for key in (mu_key, sigma_key))
+def _read_gaussian(path, file, mu_key, sigma_key):
+    mu, sigma = (read_npz(path, file, key) for key in (mu_key, sigma_key))
     if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
         raise UserError(f"{path}: {mu_key} is {mu.dtype} and {sigma_key} {sigma.dtype}, wanted float32 or float64")
-    mu, sigma = mu.astype(np.float64), sigma.astype(np.float64)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"{path}: {mu_key} {mu.shape} and {sigma_key} {sigma.shape}, wanted (d,) and (d, d)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path}: {mu_key} or {sigma_key} holds NaN or infinity; make the file anew with `python -m fid ref`")
-    return Gaussian(mu, sigma, num_images)
+    return mu.astype(np.float64), sigma.astype(np.float64)
 
 
-def save_statistics(path, stored, images=None):
+def save_statistics(path, gaussians, settings, images=None):
     """Write ADM's keys (mu, sigma, mu_s, sigma_s and, if images (N, H, W, 3) uint8 are given, arr_0) plus the settings."""
-    arrays = {"mu": stored.pool.mu, "sigma": stored.pool.sigma}
-    if stored.spatial is not None:
-        arrays |= {"mu_s": stored.spatial.mu, "sigma_s": stored.spatial.sigma}
+    arrays = {key: np.array(settings[key]) for key in SETTINGS if settings.get(key) is not None}
+    for tap, (mu, sigma) in gaussians.items():
+        arrays |= {f"mu{SUFFIX_OF[tap]}": mu, f"sigma{SUFFIX_OF[tap]}": sigma}
     if images is not None:
         arrays["arr_0"] = images
-    arrays |= {key: np.array(stored.settings[key]) for key in SETTINGS if stored.settings.get(key) is not None}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "wb") as file:  # a file object, or numpy would append .npz to another suffix
+    with told(path), write_whole(path) as temporary, open(temporary, "wb") as file:  # given a name, numpy would append .npz to it
         np.savez(file, **arrays)

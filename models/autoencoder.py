@@ -13,9 +13,8 @@ from utils.cli import UserError
 
 SCALE = 0.18215  # latents = SCALE * z, the factor of latent diffusion (Rombach et al. 2022)
 
-# Latent-diffusion names -> diffusers names, tried from the top; attention and the decoder's levels follow below.
+# Latent-diffusion names -> diffusers names, where they differ; _rename counts the decoder's levels anew
 RENAMES = [
-    (r"(encoder|decoder)\.(conv_in|conv_out)\.", r"\1.\2."),
     (r"(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
     (r"(encoder|decoder)\.mid\.block_1\.", r"\1.mid_block.resnets.0."),
     (r"(encoder|decoder)\.mid\.block_2\.", r"\1.mid_block.resnets.1."),
@@ -26,7 +25,7 @@ RENAMES = [
     (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
     (r"decoder\.up\.(\d+)\.block\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
     (r"decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"(quant_conv|post_quant_conv)\.", r"\1."),
+    (r"(.*)\.nin_shortcut\.", r"\1.conv_shortcut."),
 ]
 
 TRAINING_PREFIXES = ("loss.", "model_ema.")  # what the file of an autoencoder's own training holds besides it
@@ -157,7 +156,8 @@ def _load_folder(folder):
             # low_cpu_mem_usage=False: no need of accelerate, and no notice about it
             loaded = AutoencoderKL.from_pretrained(home, low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:  # json, diffusers and safetensors each have kinds of their own
-        raise UserError(f"{home} cannot be loaded: {_first_line(error)}") from error
+        first_line = str(error).strip().partition("\n")[0]
+        raise UserError(f"{home} cannot be loaded: {first_line}") from error
     if loaded is None:
         raise UserError(f"{home}/config.json describes {kind}, wanted AutoencoderKL")
     vae, info = loaded
@@ -179,8 +179,9 @@ def _fetch(hub_id):
         return Path(snapshot_download(hub_id, allow_patterns=[*files, *(f"vae/{name}" for name in files)],
                                       local_files_only=unreachable is not None))
     except Exception as error:
+        reason = str(unreachable or error).strip().partition("\n")[0]
         raise UserError(f"no autoencoder at {hub_id}: no such file or folder here, and fetching it from Hugging Face failed "
-                        f"({_first_line(unreachable or error)}); {FETCH}") from error
+                        f"({reason}); {FETCH}") from error
 
 
 def _load_latent_diffusion(path):
@@ -207,12 +208,11 @@ def _read_state(path):
     """The autoencoder's tensors of a file: bare, under `state_dict`, or inside a whole latent diffusion model."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds here (pickle, zip, end of file, runtime), with advice that is not ours
+    except Exception as error:  # many kinds (pickle, zip, end of file, runtime), and torch's advice is to trust the file
         raise UserError(f"{path} is damaged, or no file of plain weights (tensors by name), which is all that is read from one; "
                         f"nothing in it was run; {FETCH}") from error
-    if isinstance(state, dict):
-        state = state.get("state_dict", state)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise UserError(f"{path} holds no state dict: wanted tensors by name")
     whole_model = "first_stage_model."
     if any(key.startswith(whole_model) for key in state):
@@ -222,13 +222,14 @@ def _read_state(path):
 
 def _architecture(path, state):
     """AutoencoderKL arguments, read off tensor shapes; the number of groups, 32, is diffusers' default too."""
-    firsts = [value for key, value in sorted(state.items()) if re.fullmatch(r"encoder\.down\.\d\.block\.0\.conv1\.weight", key)]
-    blocks = [key for key in state if re.fullmatch(r"encoder\.down\.0\.block\.\d\.conv1\.weight", key)]
+    levels, blocks = ([key for key in sorted(state) if re.fullmatch(pattern, key)] for pattern in (
+        r"encoder\.down\.\d\.block\.0\.conv1\.weight", r"encoder\.down\.0\.block\.\d\.conv1\.weight"))
+    firsts = [state[key] for key in levels]
     ends = [state.get(key) for key in ("encoder.conv_in.weight", "decoder.conv_out.weight", "post_quant_conv.weight")]
-    if not firsts or any(end is None or end.ndim != 4 for end in ends):
+    if not firsts or any(weight is None or weight.ndim != 4 for weight in ends + firsts) or len(firsts[0]) % 32:
         raise UserError(f"{path} is no autoencoder in latent-diffusion naming: wanted encoder.conv_in.weight, "
-                        f"encoder.down.0.block.0.conv1.weight, ..., post_quant_conv.weight; it has "
-                        f"{_some(state) or 'nothing'}")
+                        f"encoder.down.0.block.0.conv1.weight, ..., post_quant_conv.weight, with channels in groups of 32; "
+                        f"it has {_some(state) or 'nothing'}")
     return dict(
         in_channels=ends[0].shape[1], out_channels=ends[1].shape[0], latent_channels=ends[2].shape[1],
         block_out_channels=tuple(weight.shape[0] for weight in firsts), layers_per_block=len(blocks),
@@ -238,23 +239,17 @@ def _architecture(path, state):
 
 
 def _rename(key, levels):
-    """The diffusers name of a latent-diffusion key (the key itself if no rule fits); levels: number of resolutions."""
+    """The diffusers name of a latent-diffusion key. levels: number of resolutions."""
     for pattern, replacement in RENAMES:
-        if re.match(pattern, key):
-            key = re.sub("^" + pattern, replacement, key).replace(".nin_shortcut.", ".conv_shortcut.")
-            # latent diffusion counts the decoder's levels from full resolution, diffusers from the latents
-            return re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), key)
-    return key
+        key = re.sub("^" + pattern, replacement, key)
+    # latent diffusion counts the decoder's levels from full resolution, diffusers from the latents
+    return re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), key)
 
 
 def _check_keys(source, missing, unknown):
     if missing or unknown:
         raise UserError(f"{source} does not fit its architecture: missing {_some(missing) or 'nothing'}; "
                         f"unknown {_some(unknown) or 'nothing'}")
-
-
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _some(keys):

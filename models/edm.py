@@ -3,14 +3,14 @@
 Source: Karras et al. 2022 (EDM), Table 1; Zheng et al. 2024 (MaskDiT) for the loss of the removed patches.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 from torch import nn
 
 from utils.cli import UserError
 from .layers import DiTBlock, ModulatedLinear, patchify
-from .masking import TokenMask, count_kept, random_mask
+from .masking import count_kept, random_mask
 
 SIGMA_DATA = 0.5  # standard deviation of the latents, for the scalings and the weight of the loss
 
@@ -20,7 +20,7 @@ SIGMA_DATA = 0.5  # standard deviation of the latents, for the scalings and the 
 class EDMPrecond(nn.Module):
     """Scales input, output and noise level so that the network always sees and makes unit variance.
 
-    model: a network, as models/__init__.py says what one needs.
+    model: a network with what models/__init__.py lists.
     """
 
     def __init__(self, model):
@@ -35,8 +35,8 @@ class EDMPrecond(nn.Module):
 
         sigma: (B,), or a scalar for all. class_labels: (B,) class indices; num_classes, or None, is unconditional.
         mask: TokenMask of the patches that the encoder does not see. The network may run under autocast; the scalings
-        are float32. Raises ValueError for other shapes and, on a CPU, for labels out of range. On a GPU, which looking
-        at labels would stall, those end in a device-side assertion.
+        are float32. Raises ValueError for other shapes and, on a CPU, for labels out of range (on a GPU the look-up itself
+        fails: reading them here would stall it).
         """
         x = x.to(torch.float32)
         if not torch.is_tensor(sigma) or (sigma.ndim == 0 and sigma.device.type == "cpu"):
@@ -93,12 +93,7 @@ class EDMPrecond(nn.Module):
 
 # ---- loss
 
-class LossDraws(NamedTuple):
-    """Everything random in one loss: sigma (B,), unit noise (B, C, H, W), and the mask, None if nothing is removed."""
-
-    sigma: torch.Tensor
-    noise: torch.Tensor
-    mask: TokenMask | None
+LossDraws = namedtuple("LossDraws", "sigma noise mask")  # (B,), unit normal (B, C, H, W), TokenMask or None
 
 
 class EDMLoss:

@@ -63,16 +63,14 @@ class PatchEmbed(nn.Module):
 class TimestepEmbedder(nn.Module):
     """MLP of 128 cosines and 128 sines of the noise label, at frequencies from 1 down to 1/10000 (excluded)."""
 
-    num_frequencies = 128
-
     def __init__(self, width):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(2 * self.num_frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, c_noise):
         """c_noise: (B,) float32. Returns (B, D)."""
-        exponents = torch.arange(self.num_frequencies, device=c_noise.device) / self.num_frequencies
-        angles = torch.outer(c_noise, torch.exp(-math.log(10000) * exponents))
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, device=c_noise.device) / 128)
+        angles = torch.outer(c_noise, frequencies)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 

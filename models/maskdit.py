@@ -67,22 +67,18 @@ class MaskDiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, width)
         self.t_embedder = TimestepEmbedder(width)
         self.y_embedder = LabelEmbedder(num_classes, width) if num_classes else None
-        self.pos_embed = self._positions(width)
+        self.pos_embed = nn.Parameter(sincos_positions(width, in_size // patch_size), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(width, num_heads, width) for _ in range(depth))
         if use_decoder:
             _check_width("decoder_", decoder_width, decoder_num_heads)
             self.decoder_layer = ModulatedLinear(width, width, decoder_width)
             self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_width))
-            self.decoder_pos_embed = self._positions(decoder_width)
+            self.decoder_pos_embed = nn.Parameter(sincos_positions(decoder_width, in_size // patch_size), requires_grad=False)
             self.decoder_blocks = nn.ModuleList(
                 DiTBlock(decoder_width, decoder_num_heads, width) for _ in range(decoder_depth))
         out_width = decoder_width if use_decoder else width
         self.final_layer = ModulatedLinear(out_width, width, patch_size**2 * in_channels)
         self._init_weights()
-
-    def _positions(self, width):
-        table = sincos_positions(width, self.in_size // self.patch_size)
-        return nn.Parameter(table, requires_grad=False)
 
     def _init_weights(self):
         """Xavier everywhere, small normal tables, and zeros where a block must start as the identity."""

@@ -4,13 +4,13 @@ Source: Karras et al. 2022 (EDM): Algorithms 1 and 2, Table 1, appendix C; Ho & 
 The state is float64. The model gets x as float32 and sigma as a float32 scalar on the CPU, so that no one waits for the
 GPU to read it.
 
-A sampler of one's own is a function and a line in SAMPLERS: f(model, noise, class_labels=None, *, num_steps, ...,
-randn_like, progress) -> latents float64, where ... are its options, given in sample.options. It raises UserError for a bad
-option before it calls the model, so a call on an empty batch checks a config.
+A sampler of your own is a function and a line in SAMPLERS: f(model, noise, class_labels=None, *, num_steps, ..., randn_like,
+progress) -> latents float64, where ... are its options, the keys of sample.options. A bad option is a UserError before the
+model is called, so that a call on an empty batch checks a config.
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections import namedtuple
 
 import torch
 
@@ -24,8 +24,8 @@ def edm_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min=0.00
     """Algorithm 2: Heun steps of the probability flow with sigma(t) = t, optionally stochastic.
 
     noise: (B, C, H, W) unit normal. class_labels: handed on to the model.
-    S_churn: noise added in all, before steps with S_min <= sigma <= S_max, S_noise times as much as it should be.
-    randn_like: draws that noise. progress: called with 1 after every step.
+    S_churn: how much noise is added and removed again, in steps with S_min <= sigma <= S_max. S_noise: factor on that noise.
+    randn_like: draws it. progress: called with 1 after every step.
     Returns latents (B, C, H, W) float64. Raises UserError for options out of range.
     """
     return ablation_sampler(model, noise, class_labels, num_steps=num_steps, sigma_min=sigma_min, sigma_max=sigma_max, rho=rho,
@@ -127,7 +127,8 @@ def ve_sigmas(num_steps, sigma_min, sigma_max):
 
 def iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M):
     """Evenly chosen levels of the M-step cosine schedule that lie within the range (Nichol & Dhariwal 2021)."""
-    # float32, as the published samples were made: ratios near 1 round, which moves the smallest levels by 1e-3
+    _check(M >= 1 and 0 < C_1 < 1 and C_2 >= 0, f"want M >= 1, 0 < C_1 < 1 and C_2 >= 0; got {M}, {C_1} and {C_2}")
+    # float32, as the published samples were made: ratios near 1 are rounded, which moves the smallest levels by 1e-3
     alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float32) / M / (C_2 + 1)).sin() ** 2
     ratios = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1).tolist()
     u, levels = 0.0, []
@@ -148,10 +149,7 @@ def _fractions(num_steps):
 
 # ---- schedules sigma(t) and scalings s(t), floats in and out
 
-class Schedule(NamedTuple):
-    sigma: Callable       # t -> sigma(t)
-    derivative: Callable  # t -> d sigma / dt
-    inverse: Callable     # sigma -> t
+Schedule = namedtuple("Schedule", "sigma derivative inverse")  # t -> sigma(t), t -> d sigma / dt, sigma -> t
 
 
 def vp_schedule(sigma_min, sigma_max, epsilon_s):
@@ -176,26 +174,18 @@ def _vp_sigma(t, beta_d, beta_min):
     return math.sqrt(math.expm1(0.5 * beta_d * t**2 + beta_min * t))
 
 
-def ve_schedule(*_):
-    return Schedule(math.sqrt, lambda t: 0.5 / math.sqrt(t), lambda value: value**2)
-
-
-def linear_schedule(*_):
-    return Schedule(lambda t: t, lambda t: 1.0, lambda value: value)
-
-
 def vp_scaling(sigma, derivative):
     """s and ds/dt of 1 / sqrt(1 + sigma^2)."""
     s = 1 / math.sqrt(1 + sigma**2)
     return s, -sigma * derivative * s**3
 
 
-def no_scaling(sigma, derivative):
-    return 1.0, 0.0
-
-
-SCHEDULES = {"vp": vp_schedule, "ve": ve_schedule, "linear": linear_schedule}
-SCALINGS = {"vp": vp_scaling, "none": no_scaling}
+SCHEDULES = {  # functions of sigma_min, sigma_max and epsilon_s
+    "vp": vp_schedule,
+    "ve": lambda *_: Schedule(math.sqrt, lambda t: 0.5 / math.sqrt(t), lambda value: value**2),
+    "linear": lambda *_: Schedule(lambda t: t, lambda t: 1.0, lambda value: value),
+}
+SCALINGS = {"vp": vp_scaling, "none": lambda sigma, derivative: (1.0, 0.0)}
 # (sigma_min, sigma_max) of the original methods, as functions of epsilon_s (EDM, Table 1 and appendix C). The vp range
 # belongs to beta_d = 19.1, not to the 19.9 of the VP paper: the published samples were made so.
 DEFAULT_SIGMAS = {

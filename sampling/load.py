@@ -21,9 +21,10 @@ from models.layers import sincos_positions
 from models.maskdit import SIZES
 from utils.class_names import load_imagenet_class_names
 from utils.cli import UserError
-from utils.config import ModelConfig, from_dict, gone_keys, load_config, model_arguments
+from utils.config import from_dict, gone_keys, load_config, model_arguments
 from utils.logging import say
 from utils.precision import DTYPES, effective_amp, use_compile
+from utils.schema import ModelConfig
 
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 

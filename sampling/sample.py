@@ -17,10 +17,10 @@ from models import SAMPLERS, guided, load_autoencoder
 from sampling.load import check_latents
 from utils import distributed
 from utils.cli import UserError
-from utils.config import SampleConfig
 from utils.images import save_grid, to_uint8
 from utils.logging import say
 from utils.precision import autocast
+from utils.schema import SampleConfig
 
 CHOICES = ("solver", "discretization", "schedule", "scaling")  # setting one of them chooses the ablation sampler
 OPTIONS = ("num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", *CHOICES)

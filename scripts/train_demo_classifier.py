@@ -102,12 +102,12 @@ def scores(classifier, real, held_out, held_out_labels):
         evaluator.reset()
         evaluator.add(as_rgb(grey), 0)
         distance = evaluator.result()["numbers"]["FD-classifier"]
-        rows.append((name, len(grey), distance, distance / evaluator.reference.statistics["pool"].sigma.trace()))
+        rows.append((name, len(grey), distance, distance / evaluator.reference.gaussians["pool"][1].trace()))
     return rows
 
 
 def write_readme(folder, args, found_accuracy, rows):
-    from fid.inception import hash_file
+    from fid.embeddings import hash_file
     table = "\n".join(f"| {name} | {count} | {distance:.3f} | {share:.4f} |" for name, count, distance, share in rows)
     (folder / "README.md").write_text(f"""# Demo classifier
 

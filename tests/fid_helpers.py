@@ -1,8 +1,10 @@
-"""Material of the fid tests: a random Inception state dict, small images, peers built from the same weights."""
+"""Material of the fid tests: a random Inception state dict, small images, a tiny network in Inception's place."""
 
 import torch
 
-from fid.inception import NUM_CLASSES, POOL_DIM, convolution_shapes
+from fid.evaluate import Evaluator
+from fid.inception import make_network
+from fid.sources import Source
 
 
 def random_inception(seed=0):
@@ -15,15 +17,23 @@ def random_inception(seed=0):
     def near_one(size):
         return 0.8 + 0.4 * torch.rand(size, generator=generator)
 
-    state = {"fc.weight": 0.05 * normal(NUM_CLASSES, POOL_DIM), "fc.bias": normal(NUM_CLASSES)}
-    for name, (in_channels, out_channels, kernel) in convolution_shapes().items():
-        fan_in = in_channels * kernel[0] * kernel[1]
-        state[f"{name}.conv.weight"] = normal(out_channels, in_channels, *kernel) * (2 / fan_in) ** 0.5
-        state[f"{name}.bn.weight"] = near_one(out_channels)
-        state[f"{name}.bn.bias"] = 0.1 * normal(out_channels)
-        state[f"{name}.bn.running_mean"] = 0.1 * normal(out_channels)
-        state[f"{name}.bn.running_var"] = near_one(out_channels)
-    return state
+    def of(name, shape):
+        if name.startswith("fc."):
+            return normal(*shape) * (0.05 if name == "fc.weight" else 1)
+        if name.endswith("conv.weight"):
+            return normal(*shape) * (2 / shape[1:].numel()) ** 0.5
+        return near_one(shape) if name.endswith(("bn.weight", "bn.running_var")) else 0.1 * normal(*shape)
+
+    tensors = make_network().state_dict().items()
+    return {name: of(name, tensor.shape) for name, tensor in tensors if not name.endswith("num_batches_tracked")}
+
+
+def measure(images, reference, num=None, **options):
+    """The result for an image set against a reference, as `python -m fid calc` computes it. options: of Evaluator."""
+    source = Source(images, num)
+    evaluator = Evaluator(reference, num_images=len(source), conversion="as stored", **options)
+    evaluator.add_all(source)
+    return evaluator.result()
 
 
 def random_images(num, height=64, width=64, seed=0):

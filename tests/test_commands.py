@@ -42,12 +42,12 @@ def latents(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(latents, tmp_path_factory):
+def trained(latents, tiny_vae, tmp_path_factory):
     """The experiment folder of a pre-training run on two processes."""
     results = tmp_path_factory.mktemp("results")
     done = run_script("train_latent.py", "--config", "configs/train/maskdit-latent-imagenet.yaml", "--num_process_per_node", 2,
                       f"data.root={latents}", f"log.results_dir={results}", *TINY, *SHORT, "log.sample_every=4", "log.num_grid_images=9",
-                      "sample.num_steps=2")
+                      "sample.num_steps=2", f"vae.path={tiny_vae}")
     assert "step 4/4" in done.stdout and "left" in done.stdout
     return results / "maskdit-latent-imagenet"
 
@@ -86,10 +86,10 @@ def test_unmasking_tuning_counts_on_from_the_checkpoint(kind, ratio, published, 
     assert "amp: 'no'" in (folder / "config.yaml").read_text()
 
 
-def test_the_same_command_again_is_quick_and_harmless(trained, latents):
+def test_the_same_command_again_is_quick_and_harmless(trained, latents, tiny_vae):
     before = {path.name: path.read_bytes() for path in (trained / "checkpoints").iterdir()}
     done = run_script("train_latent.py", "--config", "configs/train/maskdit-latent-imagenet.yaml", f"data.root={latents}",
-                      f"log.results_dir={trained.parent}", *TINY, *SHORT)
+                      f"log.results_dir={trained.parent}", *TINY, *SHORT, f"vae.path={tiny_vae}")
     assert "resuming from" in done.stdout and "step 4" in done.stdout
     assert {path.name: path.read_bytes() for path in (trained / "checkpoints").iterdir()} == before
 
@@ -121,6 +121,7 @@ def test_generate_npz_from_our_file_without_a_config(trained, tiny_vae, tmp_path
     (["--ckpt_path", "x.pt", "sample.cfgscale=2"], "sample.cfg_scale"),
     (["--ckpt_path", "x.pt", "--format", "none"], "--ref_path"),
     (["--ckpt_path", "x.pt", "--config", "configs/test/maskdit-latent-bas.yaml"], "maskdit-latent-base.yaml"),
+    (["--ckpt_path", "x.pt", "--num_process_per_node", "-2"], "--num_process_per_node -2"),
 ])
 def test_generate_refuses_bad_input_in_one_line(arguments, message):
     done = run_script("generate.py", *arguments, check=False)
@@ -133,6 +134,7 @@ def test_generate_refuses_bad_input_in_one_line(arguments, message):
     (["train.lrr=1"], "did you mean 'train.lr'"),
     (["data.root=x", "train.batchsize=3", "train.grad_accum=2"], "train.batchsize=3"),
     ([], "assets/imagenet_256_latent_lmdb"),
+    (["--num_process_per_node", "2", "--master_port", "99999999"], "--master_port 99999999"),
 ])
 def test_training_refuses_bad_input_in_one_line(arguments, message, tmp_path):
     done = run_script("train_latent.py", "--config", "configs/train/maskdit-latent-imagenet.yaml", f"log.results_dir={tmp_path}",

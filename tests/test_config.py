@@ -163,17 +163,19 @@ def test_shipped_configs_load(path):
 
 
 def test_every_key_is_read_outside_the_schema():
-    """A key is read where an attribute of its name is taken, or where a function that uses getattr names it.
+    """A key is read where an attribute of its name is taken, or where its name stands in a function or a list next to a getattr.
 
     The model section goes to the network as a whole.
     """
     files = [path for folder in (".", "utils", "dataset", "models", "fid", "sampling", "training") for path in (ROOT / folder).glob("*.py")]
-    nodes = [node for path in files if path.name != "schema.py" for node in ast.walk(ast.parse(path.read_text()))]
-    read = {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
-    for function in nodes:
-        inside = list(ast.walk(function)) if isinstance(function, ast.FunctionDef) else []
-        if any(isinstance(node, ast.Name) and node.id == "getattr" for node in inside):
-            read |= {node.value for node in inside if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    read = set()
+    for tree in [ast.parse(path.read_text()) for path in files if path.name != "schema.py"]:
+        read |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        by_name = [f for f in functions if any(isinstance(node, ast.Name) and node.id == "getattr" for node in ast.walk(f))]
+        lists = [node for node in tree.body if isinstance(node, ast.Assign)] if by_name else []
+        strings = [node.value for place in by_name + lists for node in ast.walk(place) if isinstance(node, ast.Constant)]
+        read |= {value for value in strings if isinstance(value, str)}
     waiting = {"train.loss", "train.switch_off"}  # for the loop that reads the first, and not the second any more
     assert [name for name, key in KEYS.items() if key.name not in read and not name.startswith("model.") and name not in waiting] == []
 

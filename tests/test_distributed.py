@@ -13,6 +13,7 @@ from training_runs import ROOT, assert_same_run, command_line, metrics
 
 from models import EDMLoss
 from utils import distributed
+from utils.cli import UserError
 from training.lock import RunLock
 from training.loop import train_step
 
@@ -196,6 +197,71 @@ def signal_when_running(process, number, log):
     return process.communicate(timeout=200)[0]
 
 
+WORKER = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+from utils import cli
+
+def main():
+    task = sys.argv[1]
+    if "RANK" not in os.environ:
+        from utils import distributed
+        return distributed.launch(__file__, sys.argv[1:], 2)
+    if task == "stop":
+        with cli.StopNotice() as notice:
+            os.write(1, b"ready\\n")
+            while not notice.requested:
+                time.sleep(0.01)
+            time.sleep(0.5)  # a checkpoint
+            os.write(1, b"saved\\n")
+        return cli.EXIT_STOPPED
+    if os.environ["RANK"] == "0" and task != "refuse":  # a refusal before the group exists is told by rank 0 alone
+        time.sleep(60)
+    if task == "refuse":
+        raise cli.UserError("bad data")
+    if task == "bug":
+        raise KeyError("a bug")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cli.run(main)
+"""
+
+
+def start_worker(folder, task):
+    (folder / "worker.py").write_text(WORKER.format(root=str(ROOT)))
+    return start_script(folder / "worker.py", task)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_processes_end_in_their_own_time_after_a_signal_to_the_launcher(tmp_path, number):
+    process = start_worker(tmp_path, "stop")
+    said = process.stdout.readline() + process.stdout.readline()
+    process.send_signal(number)
+    said += process.communicate(timeout=100)[0]
+    assert process.returncode == 75 and sorted(said.split()) == ["ready", "ready", "saved", "saved"]  # and no line of torchrun's
+
+
+@pytest.mark.parametrize("task, code, wanted", [
+    ("refuse", 2, ["error: bad data"]), ("bug", 1, ["Traceback", "KeyError: 'a bug'"]),
+    ("kill", 137, ["error: the process of rank 1 was ended by SIGKILL (kill -9, or the system was out of memory)"])])
+def test_launcher_returns_the_first_exit_code_and_adds_only_who_was_killed(tmp_path, task, code, wanted):
+    process = start_worker(tmp_path, task)
+    said = process.communicate(timeout=100)[0]
+    assert process.returncode == code and all(text in said for text in wanted)
+    assert "elastic" not in said and "ChildFailedError" not in said and (task == "bug" or len(said.splitlines()) == len(wanted))
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ({"num_processes": 0}, "--num_process_per_node 0: wanted 1 or more"), ({"num_processes": -2}, "--num_process_per_node -2"),
+    ({"master_port": 99999999}, "--master_port 99999999: wanted a port from 1 to 65535"), ({"master_port": -1}, "--master_port -1"),
+    ({"num_nodes": 2}, "--master_port 0: wanted a port .* the same on every node"),
+    ({"num_nodes": 2, "node_rank": 2, "master_port": 1}, "--num_nodes 2 --node_rank 2"), ({"num_nodes": 0}, "--num_nodes 0")])
+def test_numbers_that_cannot_be_are_told_before_anything_starts(monkeypatch, wrong, said):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match=said):
+        distributed.launch("nothing.py", [], **{"num_processes": 2, **wrong})
+
+
 LONG = {"train__max_num_steps": 400, "log__ckpt_every": 300}
 
 
@@ -205,7 +271,8 @@ def test_launcher_passes_signals_on_and_the_exit_code_back(runs, tiny_latents, t
     process = start_script("train_latent.py", "--num_process_per_node", 2, *stopped)
     said = signal_when_running(process, signal.SIGTERM, folder / "metrics.jsonl")
     assert process.returncode == 75, said
-    assert "as asked; the same command goes on from there" in said and not (folder / "run.lock").exists()
+    assert "as asked; the same command goes on from there" in said and "torch/distributed" not in said
+    assert not (folder / "run.lock").exists()
     assert metrics(folder)[-1]["step"] < 400
     goes_on_as_if_never_stopped(runs, tiny_latents, tmp_path)
 
@@ -235,4 +302,4 @@ def test_launcher_returns_the_exit_code_of_the_failing_worker(tmp_path):
     arguments = command_line(tmp_path / "nothing", tmp_path)
     process = start_script("train_latent.py", "--num_process_per_node", 2, *arguments)
     said = process.communicate(timeout=200)[0]
-    assert process.returncode == 2 and said.count("no such file or folder") == 1
+    assert process.returncode == 2 and said.count("no such file or folder") == 1 and len(said.splitlines()) == 1

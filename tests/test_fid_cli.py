@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fid_helpers import TinyInception, random_images, random_inception
+from fid_helpers import TinyInception, measure, random_images, random_inception
 
 from fid import __main__ as cli
-from fid import embeddings, evaluate
+from fid import embeddings
+from fid.metrics import METRICS
+from fid.statistics import FeatureStream
 from utils import cli as script
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +49,7 @@ def test_adm_form_takes_the_reference_first(run):
     run("ref", "--data", "real.npz", "--dest", "ref.npz")
     assert run("ref.npz", "samples.npz", "--metrics", "fid,is") == run(
         "calc", "--metrics", "fid,is", "--images", "samples.npz", "--ref", "ref.npz")
-    with pytest.raises(ValueError, match="ref.npz: no arr_0 .* can be the reference but not the images"):
+    with pytest.raises(ValueError, match="ref.npz: no arr_0; .* can be the reference but not the images"):
         run("samples.npz", "ref.npz")
 
 
@@ -74,11 +76,11 @@ def test_several_processes_give_the_same_numbers(tmp_path):
         np.savez(tmp_path / f"{name}.npz", arr_0=random_images(num, 8, 8, seed=seed).numpy())
     (tmp_path / "worker.py").write_text("""
 import json, sys
-from fid_helpers import TinyInception
-from fid import evaluate
+from fid_helpers import TinyInception, measure
+from fid.metrics import METRICS
 from utils import distributed
 distributed.init()
-result = evaluate.measure("samples.npz", "real.npz", embedding=TinyInception(), metrics=evaluate.METRICS, batch_size=8, interval=True)
+result = measure("samples.npz", "real.npz", embedding=TinyInception(), metrics=tuple(METRICS), batch_size=8, interval=True)
 if distributed.is_main():
     json.dump(result, open(f"{distributed.world_size()}.json", "w"))
 distributed.shutdown()
@@ -90,8 +92,8 @@ distributed.shutdown()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the workers have: the number of threads changes the order of the features' float32 sums
     try:
-        alone = evaluate.measure(tmp_path / "samples.npz", tmp_path / "real.npz", embedding=TinyInception(),
-                                 metrics=evaluate.METRICS, batch_size=8, interval=True)
+        alone = measure(tmp_path / "samples.npz", tmp_path / "real.npz", embedding=TinyInception(),
+                        metrics=tuple(METRICS), batch_size=8, interval=True)
     finally:
         torch.set_num_threads(threads)
     assert found["numbers"] == pytest.approx(alone["numbers"], rel=1e-9)
@@ -157,7 +159,7 @@ def test_whole_command_with_a_real_network(tmp_path):
 @pytest.mark.parametrize("options, message", [
     (("--seed", -1), "--seed is -1, wanted 0 or more"),
     (("--json", "folder"), "--json folder is a folder"),
-    (("--json", "samples.npz/out.json"), "--json samples.npz/out.json: its folder cannot be made"),
+    (("--json", "samples.npz/out.json"), "--json samples.npz/out.json: its folder samples.npz is a file"),
     (("--neighbours", "folder"), "--neighbours folder is a folder"),
     (("--interval",), "interval: 30 samples, wanted at least 40"),
     (("--num", 3), "precision: 3 samples, wanted at least 4"),
@@ -165,7 +167,7 @@ def test_whole_command_with_a_real_network(tmp_path):
     (("--ref", "three.npz"), "precision: 3 reference images in three.npz, wanted at least 4"),
 ])
 def test_what_cannot_end_well_is_told_before_any_work(run, monkeypatch, options, message):
-    monkeypatch.setattr(evaluate, "add_all", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr(FeatureStream, "add_source", lambda *args: pytest.fail("work began"))
     Path("folder").mkdir()
     np.savez("three.npz", arr_0=random_images(3, 8, 8).numpy())
     with pytest.raises(ValueError, match=message):
@@ -176,10 +178,10 @@ def test_what_cannot_end_well_is_told_before_any_work(run, monkeypatch, options,
     ("real.npz", "--dest real.npz is the data set itself"),
     ("out/ref", "--dest out/ref has to end with .npz"),
     ("folder.npz", "--dest folder.npz is a folder"),
-    ("samples.npz/ref.npz", "its folder cannot be made"),
+    ("samples.npz/ref.npz", "its folder samples.npz is a file"),
 ])
 def test_places_where_a_reference_cannot_go_are_told_before_any_work(run, monkeypatch, dest, message):
-    monkeypatch.setattr(evaluate, "make_reference", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr(FeatureStream, "add_source", lambda *args: pytest.fail("work began"))
     Path("folder.npz").mkdir()
     before = Path("real.npz").read_bytes()
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""fid.embeddings and fid.neighbours: what else can turn images into features, and the picture of nearest real images."""
+"""fid.embeddings: what else can turn images into features, and the picture of nearest real images."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import torch
 from fid_helpers import TinyInception, random_images
 from PIL import Image
 
-from fid import embeddings, evaluate, neighbours
-from fid.sources import open_source
+from fid import embeddings, evaluate, metrics
+from fid.sources import Source
 
 DEMO_CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "demo-classifier"
 
@@ -61,7 +61,7 @@ def test_timm_model_reads_a_local_checkpoint(tmp_path):
 
 def test_timm_checkpoint_of_another_model_is_refused(tmp_path):
     torch.save({"something.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="tensors do not fit the model"):
+    with pytest.raises(ValueError, match="other.pth: tensor .* is missing"):
         embeddings.make_embedding("test_resnet", weights=tmp_path / "other.pth")
 
 
@@ -71,24 +71,24 @@ def test_neighbours_put_a_copied_image_first(tmp_path):
     evaluator = evaluate.Evaluator(real, embedding=TinyInception(), keep_features=True)
     evaluator.add(samples, 0)
     evaluator.result()
-    rows, indices, ratios = neighbours.closest_pairs(evaluator.samples(), evaluator.reference.pool, 3, 2)
+    rows, indices, ratios = metrics.closest_pairs(evaluator.pool, evaluator.reference.pool, 3, 2)
     assert rows[0] == 7 and indices[0, 0] == 31 and ratios[0] == 0 and ratios[1] > 0.05
-    neighbours.save_neighbours(tmp_path / "n.png", open_source(samples), evaluator.samples(), evaluator.reference, 3, 2)
+    evaluate.save_neighbours(tmp_path / "n.png", Source(samples), evaluator, 3, 2)
     picture = np.asarray(Image.open(tmp_path / "n.png"))
-    assert picture.shape[0] >= 3 * 96 and picture.shape[1] >= 3 * 96  # three rows of a sample and two real images, magnified
+    assert picture.shape[0] >= 3 * 64 and picture.shape[1] >= 3 * 64  # three rows of a sample and two real images, magnified
 
 
 def test_neighbours_of_other_sizes_or_bare_statistics_are_refused(tmp_path):
     np.savez(tmp_path / "ref.npz", mu=np.zeros(8), sigma=np.eye(8))
-    source = open_source(random_images(2, 8, 8).numpy())
+    source = Source(random_images(2, 8, 8).numpy())
     with pytest.raises(ValueError, match="statistics only"):
-        neighbours.check_same_size(source, evaluate.Reference(tmp_path / "ref.npz"))
-    with pytest.raises(ValueError, match=r"samples are \(8, 8\) and reference images \(8, 9\)"):
-        neighbours.check_same_size(source, evaluate.Reference(random_images(2, 8, 9).numpy()))
+        evaluate.check_neighbours(source, evaluate.Reference(tmp_path / "ref.npz"))
+    with pytest.raises(ValueError, match=r"samples are 8x8 and reference images 9x8"):
+        evaluate.check_neighbours(source, evaluate.Reference(random_images(2, 8, 9).numpy()))
 
 
 def test_another_file_given_as_classifier_is_told(tmp_path):
     from safetensors.torch import save_file
     save_file({"weight": torch.zeros(2)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="model.safetensors: .* tensors do not fit the model"):
+    with pytest.raises(ValueError, match="model.safetensors: tensor .* is missing"):
         embeddings.make_embedding("classifier", str(tmp_path))

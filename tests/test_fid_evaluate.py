@@ -6,11 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from fid_helpers import TinyInception, random_images
+from fid_helpers import TinyInception, measure, random_images
 
 from fid import evaluate, metrics, statistics
-from fid.evaluate import Evaluator, Reference, measure
-from fid.statistics import Gaussian, Stored
+from fid.evaluate import Evaluator, Reference
 
 SAMPLES = random_images(60, 8, 8, seed=1).numpy()
 REAL = random_images(50, 8, 8, seed=2).numpy()
@@ -24,8 +23,7 @@ def write_adm_batch(path, images, num_images=None, **settings):
     """Statistics and images of an ADM batch, as TinyInception sees them."""
     pool, spatial = TinyInception().both_taps(images)
     settings |= {"num_images": num_images} if num_images else {}
-    stored = Stored(Gaussian(*gaussian_of(pool)), Gaussian(*gaussian_of(spatial)), settings)
-    statistics.save_statistics(path, stored, images)
+    statistics.save_statistics(path, {"pool": gaussian_of(pool), "spatial": gaussian_of(spatial)}, settings, images)
     return path
 
 
@@ -34,13 +32,13 @@ def measured(**options):
 
 
 def test_numbers_equal_their_definitions_on_all_features():
-    result = measured(metrics=evaluate.METRICS)
+    result = measured(metrics=tuple(metrics.METRICS))
     (pool, spatial), (real_pool, real_spatial) = (TinyInception().both_taps(images) for images in (SAMPLES, REAL))
     wanted = {
         "FID": metrics.frechet_distance(*gaussian_of(real_pool), *gaussian_of(pool)),
         "sFID": metrics.frechet_distance(*gaussian_of(real_spatial), *gaussian_of(spatial)),
         "IS": metrics.inception_score(pool, TinyInception().class_weight),
-        **dict(zip(("precision", "recall"), metrics.precision_recall(real_pool, pool))),
+        "precision": metrics.coverage(pool, real_pool), "recall": metrics.coverage(real_pool, pool),
         **dict(zip(("KID", "KID_std"), metrics.kid(real_pool, pool))),
     }
     assert result["numbers"] == pytest.approx(wanted, rel=1e-6)  # features of other batch sizes differ in the last bit
@@ -84,7 +82,7 @@ def test_settings_travel_with_the_numbers_as_json():
 
 def test_evaluation_draws_no_global_random_numbers():
     before = torch.get_rng_state(), pickle.dumps(np.random.get_state())
-    measured(metrics=evaluate.METRICS, interval=True)
+    measured(metrics=tuple(metrics.METRICS), interval=True)
     assert torch.equal(torch.get_rng_state(), before[0]) and pickle.dumps(np.random.get_state()) == before[1]
 
 
@@ -105,7 +103,7 @@ def test_precision_looks_at_a_seeded_choice_of_a_large_reference(monkeypatch):
     chosen = evaluator.reference.positions
     pool = TinyInception()(REAL[chosen])
     assert len(chosen) == 20 and result["settings"]["reference"]["images_compared"] == 20
-    assert result["numbers"]["precision"] == metrics.precision_recall(pool, TinyInception()(SAMPLES))[0]
+    assert result["numbers"]["precision"] == metrics.coverage(TinyInception()(SAMPLES), pool)
     assert result["numbers"]["FID"] == pytest.approx(measured()["numbers"]["FID"], rel=1e-6)  # statistics are of all
 
 
@@ -125,7 +123,7 @@ def test_other_embeddings_are_called_fd_and_never_fid():
 
 
 def test_config_section_makes_an_evaluator(tmp_path):
-    from utils.config import EvalConfig
+    from utils.schema import EvalConfig
     np.savez(tmp_path / "real.npz", arr_0=REAL)
     evaluator = Evaluator.from_config(EvalConfig(ref_path=str(tmp_path / "real.npz"), metrics="fid, precision",
                                                  embedding="pixels", num_images=60))

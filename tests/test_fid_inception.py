@@ -1,4 +1,4 @@
-"""fid.inception: parity with public ports on one random state dict, the TF1 resize, and that settings do not leak in or out."""
+"""fid.inception and the embedding around it: parity with public ports on one random state dict, the resize, settings that stay put."""
 
 import hashlib
 import pickle
@@ -8,7 +8,8 @@ import pytest
 import torch
 from fid_helpers import random_images, random_inception
 
-from fid import inception, metrics
+from fid import embeddings, inception
+from utils.cli import UserError
 
 
 @pytest.fixture(scope="module")
@@ -17,8 +18,15 @@ def state():
 
 
 @pytest.fixture(scope="module")
-def extractor(state):
-    return inception.FeatureExtractor(state, device="cpu")
+def weights(state, tmp_path_factory):
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def extractor(weights):
+    return embeddings.Inception(weights, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def taps(extractor, images):
-    return extractor(images)
+    return extractor.both_taps(images)
 
 
 def slow_resize(image, size):
@@ -63,12 +71,11 @@ def test_resize_equals_torch_fidelity(side):
     assert (inception.resize_tf1(images).permute(0, 3, 1, 2) - wanted).abs().max() < 1e-4  # grey levels of 0..255
 
 
-def test_pool_features_equal_torch_fidelity(state, images, taps, tmp_path):
+def test_pool_features_equal_torch_fidelity(state, weights, images, taps):
     peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    torch.save(state, tmp_path / "weights.pth")
     with torch.random.fork_rng():  # it initialises its layers before it loads them
         net = peer.FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"],
-                                               feature_extractor_weights_path=str(tmp_path / "weights.pth"))
+                                               feature_extractor_weights_path=str(weights))
     pool, logits = net(images.permute(0, 3, 1, 2))
     assert (taps[0] - pool).abs().max() < 4e-5
     assert taps[0].std(0).mean() > 1e-3  # else every image had the same features, and the line above proved nothing
@@ -98,16 +105,20 @@ def test_shapes_and_types(taps):
 
 
 def test_numpy_and_single_images_give_the_same_features(extractor, images, taps):
-    pool, spatial = extractor(images[1:2].numpy())
+    pool, spatial = extractor.both_taps(images[1:2].numpy())
     assert (pool - taps[0][1:2]).abs().max() < 2e-5 and (spatial - taps[1][1:2]).abs().max() < 2e-5
 
 
-def test_file_and_state_dict_give_the_same_network(state, images, taps, tmp_path):
-    path = tmp_path / "weights.pth"
-    torch.save(state, path)
-    extractor = inception.FeatureExtractor(path, device="cpu")
-    assert torch.equal(extractor(images)[0], taps[0])
-    assert extractor.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+def test_a_call_gives_the_pooled_features_of_the_file_that_it_names(extractor, weights, images, taps):
+    assert torch.equal(extractor(images), taps[0])
+    assert extractor.settings["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_network_has_the_published_names_and_takes_no_weights_of_its_own():
+    net = inception.make_network()
+    names = [name for name in net.state_dict() if not name.endswith("num_batches_tracked")]
+    assert len(names) == 472 and {"Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch3x3dbl_3b.bn.running_var", "fc.bias"} <= set(names)
+    assert {tensor.device.type for tensor in net.state_dict().values()} == {"meta"} and not net.training
 
 
 def precision_settings():
@@ -127,7 +138,7 @@ def test_callers_precision_changes_nothing_and_is_put_back(extractor, images, ta
         torch.set_float32_matmul_precision("medium")  # TF32 on GPUs, bfloat16 matmuls on CPUs
         settings = precision_settings()
         with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(extractor(images)[0], taps[0])
+            assert torch.equal(extractor(images), taps[0])
             assert torch.is_autocast_enabled("cpu")
         assert precision_settings() == settings
     finally:
@@ -139,22 +150,16 @@ def test_tf32_is_off_inside_and_back_after_an_error():
     name, exact = ("fp32_precision", "ieee") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ("allow_tf32", False)
     holder = torch.backends.cudnn.conv if name == "fp32_precision" else torch.backends.cudnn
     with pytest.raises(KeyError):
-        with inception.full_precision("cpu"):
+        with embeddings.full_precision("cpu"):
             assert getattr(holder, name) == exact and getattr(torch.backends.cuda.matmul, name) == exact
             raise KeyError
     assert precision_settings() == settings
 
 
-def test_extracting_draws_no_random_numbers(extractor, images):
+def test_building_and_extracting_draw_no_random_numbers(weights, images):
     torch_before, numpy_before = torch.get_rng_state(), pickle.dumps(np.random.get_state())
-    extractor(images[:1])
+    embeddings.Inception(weights, "cpu")(images[:1])
     assert torch.equal(torch.get_rng_state(), torch_before) and pickle.dumps(np.random.get_state()) == numpy_before
-
-
-def test_inception_score_takes_matrix_state_dict_or_path(state, taps, tmp_path):
-    torch.save(state, tmp_path / "weights.pth")
-    scores = {metrics.inception_score(taps[0], weights) for weights in (state["fc.weight"], state, tmp_path / "weights.pth")}
-    assert len(scores) == 1
 
 
 @pytest.mark.parametrize("images, message", [
@@ -162,7 +167,7 @@ def test_inception_score_takes_matrix_state_dict_or_path(state, taps, tmp_path):
     (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "layout is NCHW"),
     (torch.zeros(2, 8, 8, 1, dtype=torch.uint8), "repeat a grey channel"),
     (np.zeros((8, 8, 3), np.uint8), "batch axis"),
-    (np.zeros((2, 0, 8, 3), np.uint8), "empty"),
+    (np.zeros((2, 0, 8, 3), np.uint8), "got uint8 .2, 0, 8, 3., wanted"),
 ])
 def test_wrong_layout_or_dtype_is_told(extractor, images, message):
     with pytest.raises(ValueError, match=message):
@@ -171,18 +176,21 @@ def test_wrong_layout_or_dtype_is_told(extractor, images, message):
 
 def test_missing_weights_name_the_download_command(tmp_path):
     with pytest.raises(ValueError, match="python3 download_assets.py --name inception"):
-        inception.FeatureExtractor(tmp_path / "nothing.pth")
+        embeddings.Inception(tmp_path / "nothing.pth", "cpu")
 
 
-def test_another_network_is_refused(state):
-    lacking = {name: tensor for name, tensor in state.items() if name != "Mixed_7c.branch_pool.bn.running_var"}
-    with pytest.raises(ValueError, match="Mixed_7c.branch_pool.bn.running_var is missing"):
-        inception.FeatureExtractor(lacking)
-    with pytest.raises(ValueError, match="fc.weight is .1000, 2048., wanted .1008, 2048."):
-        inception.FeatureExtractor(state | {"fc.weight": torch.zeros(1000, 2048)})
+@pytest.mark.parametrize("change, message", [
+    ({"Mixed_7c.branch_pool.bn.running_var": None}, "Mixed_7c.branch_pool.bn.running_var is missing .471 tensors found, 472 wanted"),
+    ({"fc.weight": torch.zeros(1000, 2048)}, "fc.weight is .1000, 2048., wanted .1008, 2048."),
+    ({"AuxLogits.fc.bias": torch.zeros(1)}, "AuxLogits.fc.bias is not of this model"),
+])
+def test_another_network_is_refused(state, tmp_path, change, message):
+    torch.save({name: tensor for name, tensor in (state | change).items() if tensor is not None}, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=message):
+        embeddings.Inception(tmp_path / "weights.pth", "cpu")
 
 
-@pytest.mark.parametrize("content", [b"hi", b"", b"no weights at all", [1, 2], {"fc.weight": "text"}, {"state_dict": {"a": torch.zeros(1)}}])
+@pytest.mark.parametrize("content", [b"hi", b"", b"no weights", [1, 2], {"fc.weight": "text"}, {"state_dict": {"a": torch.zeros(1)}}])
 def test_other_files_given_as_weights_are_told(tmp_path, content):
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
@@ -190,7 +198,7 @@ def test_other_files_given_as_weights_are_told(tmp_path, content):
     else:
         torch.save(content, path)
     with pytest.raises(ValueError, match="not a file of plain tensors|not a plain state dict"):
-        inception.FeatureExtractor(path)
+        embeddings.Inception(path, "cpu")
 
 
 class Payload:
@@ -202,5 +210,5 @@ def test_a_pickled_network_is_not_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "network.pkl").write_bytes(pickle.dumps(Payload()))
     with pytest.raises(ValueError, match="not a file of plain tensors"):
-        inception.FeatureExtractor(tmp_path / "network.pkl")
+        embeddings.Inception(tmp_path / "network.pkl", "cpu")
     assert not (tmp_path / "payload-was-run").exists()

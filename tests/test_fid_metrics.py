@@ -1,11 +1,11 @@
-"""fid.metrics and fid.interval against closed forms, hand-worked numbers and slow versions."""
+"""fid.metrics against closed forms, hand-worked numbers and slow versions."""
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
 
-from fid import interval, metrics
+from fid import metrics
 from fid.statistics import RunningStatistics
 
 
@@ -56,11 +56,10 @@ def test_streaming_statistics_equal_numpy_in_float64():
     running = RunningStatistics(11)
     for batch in features.split(10):
         running.add(batch)
-    found = running.merged("features")
+    mu, sigma = running.gaussian()
     wanted = features.double().numpy()
-    assert found.num_images == 57
-    np.testing.assert_allclose(found.mu, wanted.mean(0), rtol=1e-14)
-    np.testing.assert_allclose(found.sigma, np.cov(wanted, rowvar=False), atol=1e-13)  # float32 sums would be off by 1e-6
+    np.testing.assert_allclose(mu, wanted.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(sigma, np.cov(wanted, rowvar=False), atol=1e-13)  # float32 sums would be off by 1e-6
 
 
 def test_inception_score_follows_its_definition_by_hand():
@@ -68,8 +67,7 @@ def test_inception_score_follows_its_definition_by_hand():
     pool = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     weights = torch.tensor([[1000.0, 0.0], [0.0, 1000.0]])
     assert metrics.inception_score(pool, weights) > 1.8
-    logs = metrics.class_log_probabilities(pool, weights)
-    assert metrics.split_scores(logs, split_size=2) == pytest.approx([2.0, 1.0])  # the short last split counts as one
+    assert metrics.inception_score(pool, weights, split_size=2) == pytest.approx((2 + 1) / 2)  # the short last split counts as one
 
 
 def test_inception_score_agrees_with_a_slow_loop():
@@ -80,8 +78,11 @@ def test_inception_score_agrees_with_a_slow_loop():
         logits = rows.double().numpy() @ weights.double().numpy().T
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         scores.append(np.exp(np.mean([sum(pi * np.log(pi / qi) for pi, qi in zip(row, p.mean(0))) for row in p])))
-    logs = metrics.class_log_probabilities(pool, weights)
-    assert metrics.split_scores(logs, 10) == pytest.approx(scores, rel=1e-12)
+    assert metrics.inception_score(pool, weights, 10) == pytest.approx(np.mean(scores), rel=1e-12)
+
+
+def precision_recall(reference, samples, k=3):
+    return metrics.coverage(samples, reference, k), metrics.coverage(reference, samples, k)
 
 
 def slow_precision_recall(reference, samples, k):
@@ -98,41 +99,40 @@ def test_precision_recall_by_hand():
     reference = torch.tensor([[0.0], [1.0], [2.0], [3.0]])  # radii^2 for k = 1: all 1, the union is [-1, 4]
     samples = torch.tensor([[-1.0], [4.0], [4.5], [10.0]])  # -1 and 4 lie on the border, which counts as inside
     # sample radii for k = 1: 5, 0.5, 0.5, 5.5, so that only 4.5 and its like leave out 0..3: [-6, 4] holds them all
-    assert metrics.precision_recall(reference, samples, k=1) == (0.5, 1.0)
+    assert precision_recall(reference, samples, k=1) == (0.5, 1.0)
 
 
 def test_precision_recall_agrees_with_a_slow_loop(monkeypatch):
-    monkeypatch.setattr(metrics, "ROWS", 7)      # several blocks both ways
-    monkeypatch.setattr(metrics, "COLUMNS", 10)
+    monkeypatch.setattr(metrics, "BLOCK", 100)  # several blocks of 2 or 3 rows
     rng = np.random.default_rng(0)
     reference, samples = rng.standard_normal((31, 4)).astype(np.float32), 0.8 * rng.standard_normal((43, 4)).astype(np.float32)
     wanted = slow_precision_recall(reference.astype(np.float64), samples.astype(np.float64), 3)
     assert 0.2 < wanted[0] < 1 and 0.2 < wanted[1] < 1
-    assert metrics.precision_recall(reference, samples, k=3) == wanted
+    assert precision_recall(reference, samples, k=3) == wanted
 
 
 def test_precision_recall_counts_duplicates_with_radius_zero():
     point = torch.full((1, 50), 0.1)
     others = torch.arange(4.0)[:, None].expand(4, 50) + 5
     reference = torch.cat([point.expand(4, 50)])           # four copies: every radius is 0
-    precision, recall = metrics.precision_recall(reference, torch.cat([point, others]), k=3)
+    precision, recall = precision_recall(reference, torch.cat([point, others]), k=3)
     assert precision == pytest.approx(1 / 5)
     assert recall == 1.0
 
 
 def test_precision_recall_refuses_fewer_points_than_neighbours():
-    with pytest.raises(ValueError, match="samples features are .3, 2., wanted .N, d. with N > k = 3"):
-        metrics.precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="manifold's points are .3, 2., wanted .M, d. with M > k = 3"):
+        precision_recall(torch.zeros(9, 2), torch.zeros(3, 2))
 
 
 def test_nearest_neighbours_agree_with_a_sort(monkeypatch):
-    monkeypatch.setattr(metrics, "COLUMNS", 5)
+    monkeypatch.setattr(metrics, "BLOCK", 70)  # 4 queries, then 2
     generator = torch.Generator().manual_seed(0)
     queries, features = torch.randn(6, 3, generator=generator), torch.randn(17, 3, generator=generator)
     distances, indices = metrics.nearest_neighbours(queries, features, 4)
     wanted = torch.cdist(queries.double(), features.double())
     assert torch.equal(indices, wanted.argsort(1)[:, :4])
-    assert torch.allclose(distances, wanted.sort(1).values[:, :4], atol=1e-12)
+    assert torch.allclose(distances, wanted.sort(1).values[:, :4] ** 2, atol=1e-12)
 
 
 def test_kernel_distance_agrees_with_a_slow_loop():
@@ -163,10 +163,10 @@ def test_interval_holds_the_mean_distance_as_often_as_it_says():
     rng = np.random.default_rng(0)
     draws = [torch.from_numpy(rng.standard_normal((200, 3)) * [1, 1.3, 0.8] + [0.3, 0, 0]) for _ in range(240)]
     distances = [metrics.frechet_distance(*reference, *metrics.mean_and_covariance(draw)) for draw in draws]
-    found = [interval.jackknife_interval(reference, draw) for draw in draws[:40]]
-    held = sum(low <= np.mean(distances) <= high for low, high, _ in found)
+    found = [metrics.jackknife_interval(reference, draw) for draw in draws[:40]]
+    held = sum(one["low"] <= np.mean(distances) <= one["high"] for one in found)
     assert 32 <= held
-    assert np.mean([error for *_, error in found]) == pytest.approx(np.std(distances), rel=0.25)
+    assert np.mean([one["standard_error"] for one in found]) == pytest.approx(np.std(distances), rel=0.25)
 
 
 def test_extrapolation_removes_most_of_the_bias():
@@ -177,14 +177,9 @@ def test_extrapolation_removes_most_of_the_bias():
     for _ in range(10):
         pool = torch.from_numpy(rng.standard_normal((400, 20)))
         plain.append(metrics.frechet_distance(*reference, *metrics.mean_and_covariance(pool)))
-        extrapolated.append(interval.extrapolated_distance(reference, pool))
+        extrapolated.append(metrics.extrapolated_distance(reference, pool))
     assert np.mean(plain) > 0.2
     assert abs(np.mean(extrapolated)) < 0.15 * np.mean(plain)
-
-
-def test_interval_refuses_too_few_samples():
-    with pytest.raises(ValueError, match="30 samples, wanted at least 40"):
-        interval.jackknife_interval((np.zeros(2), np.eye(2)), torch.zeros(30, 2))
 
 
 def test_all_numbers_equal_torch_fidelity():
@@ -198,7 +193,7 @@ def test_all_numbers_equal_torch_fidelity():
     theirs = fidelity["isc"].isc_features_to_metric(samples @ weights.T, splits=1, shuffle=False)
     assert metrics.inception_score(samples, weights) == pytest.approx(theirs["inception_score_mean"], rel=1e-5)  # its logits are float32
     theirs = fidelity["prc"].prc_features_to_metric(samples, reference, verbose=False)  # generated first
-    assert metrics.precision_recall(reference, samples) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
+    assert precision_recall(reference, samples) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
     theirs = fidelity["kid"].kid_features_to_metric(samples, reference, kid_subsets=1, kid_subset_size=80, verbose=False)
     ours = metrics.kid(reference, samples[np.random.RandomState(2020).choice(90, 80, replace=False)], num_subsets=1)
     assert ours[0] == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-4)  # its kernel is float32

@@ -14,7 +14,7 @@ from models.layers import sincos_positions
 from sampling.load import infer_model_config, load_checkpoint, load_weights_into, steps_done, strip_prefixes, weights_of
 from sampling.sample import build_model
 from training.checkpoint import write_checkpoint
-from utils.config import ModelConfig
+from utils.schema import ModelConfig
 
 SIZES = dict(in_channels=4, depth=1, width=16, num_heads=2, decoder_depth=1, decoder_width=16, decoder_num_heads=2)
 

@@ -5,11 +5,13 @@ import sys
 import pytest
 
 from utils import logging
-from utils.logging import Progress, RunLog, format_bytes, format_seconds
+from utils.cli import UserError
+from utils.config import load_config
+from utils.logging import Progress, RunLog, check_sinks, format_bytes, format_seconds
 
 
-@pytest.mark.parametrize("seconds, text", [(0.2, "0s"), (75, "1m 15s"), (3600, "1h 0m 0s"), (93784, "1d 2h 3m")])
-def test_seconds_are_written_in_their_three_largest_units(seconds, text):
+@pytest.mark.parametrize("seconds, text", [(0.2, "0:00:00"), (75, "0:01:15"), (93784, "1 day, 2:03:04")])
+def test_seconds_are_written_as_a_clock_does(seconds, text):
     assert format_seconds(seconds) == text
 
 
@@ -23,7 +25,7 @@ def test_progress_without_a_terminal_is_plain_lines_of_whole_units(capsys):
         for _ in range(9 * 7):
             progress.update(500 / (9 * 7))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("sampling: 7/500 img, ") and "left" in lines[0]
+    assert lines[0].startswith("sampling: 7/500 img, ") and " img/s, " in lines[0] and lines[0].endswith(" left")
     assert lines[-1].startswith("sampling: 500/500 img, ")  # though the parts add up to 499.9999999999992
 
 
@@ -38,6 +40,51 @@ def test_progress_on_a_terminal_is_one_bar_above_which_text_is_said(monkeypatch)
         logging.say("a line")
     assert Progress.shown is None
     assert "encoding" in terminal.getvalue()
+
+
+def test_progress_counts_bytes_and_rates_leave_out_what_was_there_before(capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(logging.time, "monotonic", lambda: clock[0])
+    with Progress(4 * 2**20, "f", "B", initial=2**20) as progress:
+        clock[0] = 16.0
+        progress.update(2**20, "a note")
+    assert capsys.readouterr().out.splitlines()[0] == "f: 2.00M/4.00MB, 65.5kB/s, 00:32 left, a note"
+
+
+def test_only_rank_0_speaks_and_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(logging.distributed, "rank", lambda: 1)
+    log = RunLog(tmp_path / "nowhere", tensorboard=True, wandb=True)
+    log.say("hello")
+    log.metrics(1, {"loss": 1.0})
+    with Progress(3, "encoding", every_s=0) as progress:
+        progress.update()
+    assert log.position == 0 and capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+    log.close()
+
+
+def test_metrics_that_are_not_finite_are_null(tmp_path):
+    log = RunLog(tmp_path)
+    log.metrics(1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-4, "loss_mae": None, "bad_steps": 1})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == \
+        '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.0001, "loss_mae": null, "bad_steps": 1}\n'
+
+
+def test_position_is_what_is_on_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(logging.os, "fsync", lambda file: synced.append((tmp_path / "metrics.jsonl").stat().st_size))
+    log = RunLog(tmp_path)
+    log.metrics(1, {"loss": 0.5})
+    assert log.position == synced[-1] == len((tmp_path / "metrics.jsonl").read_bytes()) > 0
+    log.close()
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_sink_that_is_not_installed_is_told_before_any_work(monkeypatch, name):
+    monkeypatch.setattr(logging.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(UserError, match=f"log.{name}=true needs the package {name}: pip install {name}, or set log.{name}=false"):
+        check_sinks(load_config(overrides=[f"log.{name}=true"]).log)
+    check_sinks(load_config(overrides=["log.tensorboard=false", "log.wandb=false"]).log)
 
 
 def test_metrics_logged_after_the_position_of_a_resume_are_cut_off(tmp_path):
@@ -57,4 +104,4 @@ def test_a_metrics_file_shorter_than_the_checkpoint_says_is_told_and_kept(tmp_pa
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     RunLog(tmp_path, position=100).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
-    assert "had 100 bytes at the checkpoint, 12 are left" in capsys.readouterr().out
+    assert "had 100 bytes at the checkpoint, but only 12 are left" in capsys.readouterr().out

@@ -248,8 +248,10 @@ def test_unknown_model_type_names_the_known_ones(model_type, known):
 
 
 def test_an_option_that_the_network_does_not_take_is_named():
-    with pytest.raises(UserError, match="model.options.depht: MaskDiT does not take depht; it takes .* depth, width"):
+    with pytest.raises(UserError, match="model.options does not fit MaskDiT: got an unexpected keyword argument 'depht'; it takes .* depth, width"):
         models.build_model("DiT-S/2", **TINY, depht=3)
+    with pytest.raises(UserError, match="missing a required argument: 'num_classes'"):
+        models.build_model("DiT-S/2", in_size=8, in_channels=3)
 
 
 # ---- a network of one's own

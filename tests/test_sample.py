@@ -13,7 +13,7 @@ from sampling import sample
 from sampling.sample import (SeedStreams, batches_of, build_sampler, check_sampler, classes_of, describe_bad, draw_first_grid, draw_grid,
                              draw_inputs, generate, image_decoder, latents_to_uint8, sample_latents)
 from utils.cli import UserError
-from utils.config import Config, LogConfig, SampleConfig, VAEConfig
+from utils.schema import Config, LogConfig, SampleConfig, VAEConfig
 
 CPU = torch.device("cpu")
 TINY = dict(model_type="DiT-S/2", in_size=8, in_channels=4, depth=2, width=32, num_heads=2, decoder_depth=1, decoder_width=16,

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 from pathlib import Path
 
 from utils.cli import UserError, str_to_bool
@@ -62,11 +61,8 @@ def run_folder(config, args):
 
 def launch_if_asked(args, script, argv):
     """With --num_process_per_node, run this script in that many processes; returns their exit code, or None."""
-    if args.num_process_per_node is None or "RANK" in os.environ:  # that is: already a worker
+    if args.num_process_per_node is None:  # not worth the slow import
         return None
-    if args.num_process_per_node < 1 or not 0 <= args.node_rank < args.num_nodes:
-        raise UserError(f"--num_process_per_node {args.num_process_per_node} --num_nodes {args.num_nodes} --node_rank {args.node_rank}: "
-                        f"wanted at least 1 process and a node rank below the number of nodes")
     from utils import distributed
 
     return distributed.launch(script, argv, args.num_process_per_node, args.num_nodes, args.node_rank,

@@ -1,10 +1,15 @@
-"""What a run says: the console, log.txt, metrics.jsonl, TensorBoard and Weights & Biases. Only rank 0 speaks."""
+"""What a run says: console, log.txt, metrics.jsonl, TensorBoard, Weights & Biases. Only rank 0 speaks."""
 
+import datetime
+import importlib.util
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
+
+from tqdm import tqdm
 
 from utils import distributed
 from utils.cli import UserError
@@ -21,11 +26,8 @@ def say(text=""):
 
 
 def format_seconds(seconds):
-    """93784 -> '1d 2h 3m', 75 -> '1m 15s'."""
-    seconds = int(round(seconds))
-    units = [(seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "m"), (seconds % 60, "s")]
-    first = next((i for i, (count, _) in enumerate(units) if count), 3)
-    return " ".join(f"{count}{name}" for count, name in units[first:first + 3] if count or name == "s" or first < 3)
+    """93784 -> '1 day, 2:03:04'."""
+    return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def format_bytes(count):
@@ -35,20 +37,18 @@ def format_bytes(count):
 
 
 class Progress:
-    """A tqdm bar on a terminal; elsewhere a plain line every `every_s` seconds (None: no lines) with rate and time left."""
+    """A bar on a terminal; elsewhere a plain line every `every_s` seconds (None: no lines) with rate and time left."""
 
     shown = None  # the bar now on the terminal
 
     def __init__(self, total, desc, unit="it", initial=0, every_s=15.0):
-        self.total, self.desc, self.unit = total, desc, unit
-        self.initial = self.done = initial
+        self.total, self.done, self.every_s = total, initial, every_s
         self.started = self.last_line = time.monotonic()
-        self.every_s = every_s
-        self.bar = None
+        self.style = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if unit == "B" else {"unit": f" {unit}"}
+        self.style |= {"total": total, "initial": initial}
+        self.desc, self.bar = desc, None
         if distributed.is_main() and sys.stderr.isatty():
-            from tqdm import tqdm
-            self.bar = Progress.shown = tqdm(total=total, desc=desc, unit=unit, initial=initial, dynamic_ncols=True,
-                                             unit_scale=unit == "B", unit_divisor=1024 if unit == "B" else 1000)
+            self.bar = Progress.shown = tqdm(desc=desc, dynamic_ncols=True, **self.style)
 
     def update(self, count=1, note=""):
         """Report `count` more units done (parts of a unit add up); `note` is shown beside the numbers."""
@@ -59,22 +59,15 @@ class Progress:
         elif self.every_s is not None and time.monotonic() - self.last_line >= self.every_s:
             self._line(note)
 
-    def _line(self, note=""):
-        self.last_line = time.monotonic()
-        elapsed = self.last_line - self.started
-        rate = (self.done - self.initial) / elapsed if elapsed > 0 else 0.0
-        total = f"/{self._amount(self.total)}" if self.total else ""
-        left = f", {format_seconds((self.total - self.done) / rate)} left" if self.total and rate > 0 else ""
-        speed = f"{format_bytes(rate)}/s" if self.unit == "B" else f"{self.unit}, {rate:.3g} {self.unit}/s"
-        comma = ", " if self.unit == "B" else " "
-        say(f"{self.desc}: {self._amount(self._whole)}{total}{comma}{speed}{left}" + (f", {note}" if note else ""))
-
     @property
     def _whole(self):
         return int(self.done + 1e-6)  # sums of parts end a rounding error below
 
-    def _amount(self, count):
-        return format_bytes(count) if self.unit == "B" else str(count)
+    def _line(self, note=""):
+        self.last_line = time.monotonic()
+        layout = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
+        say(tqdm.format_meter(self._whole, elapsed=self.last_line - self.started, prefix=self.desc, postfix=note, bar_format=layout,
+                              **self.style))
 
     def close(self):
         if self.bar is not None:
@@ -90,11 +83,18 @@ class Progress:
         self.close()
 
 
-class RunLog:
-    """The files of one run's folder. metrics.jsonl holds each logged step once, also after a resume.
+def check_sinks(log_config):
+    """Raise UserError, before any work, if a package is missing that the log section of a config asks for."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(log_config, name) and importlib.util.find_spec(name) is None:
+            raise UserError(f"log.{name}=true needs the package {name}: pip install {name}, or set log.{name}=false")
 
-    folder: the experiment folder; `tensorboard` and `wandb` switch those sinks on.
-    position: `position` of the state that the run resumes from (None: a new run); what was logged after it is cut off.
+
+class RunLog:
+    """The logs in a run's folder. metrics.jsonl holds each logged step once, also after a resume.
+
+    tensorboard, wandb: log there too; see `check_sinks`. config: a dict, for Weights & Biases.
+    position: `position` of the state that the run resumes from (None: a new run). What was logged after it is cut off.
     """
 
     def __init__(self, folder, position=None, tensorboard=False, wandb=False, config=None):
@@ -103,13 +103,14 @@ class RunLog:
             return
         folder = Path(folder)
         self.text_file = open(folder / "log.txt", "a", buffering=1)
-        self.metrics_file = open(folder / "metrics.jsonl", "a+b")
+        self.metrics_file = open(folder / "metrics.jsonl", "a+b", buffering=0)
         last_step = self._cut(position or 0)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=last_step + 1)
         if wandb:
-            self.wandb = _start_wandb(folder, config)
+            import wandb
+            self.wandb = wandb.init(dir=str(folder), name=folder.name, id=folder.name, resume="allow", config=config)
 
     def _cut(self, position):
         """Cut metrics.jsonl to `position` bytes and whole lines; returns the last step in it (0: none)."""
@@ -119,8 +120,8 @@ class RunLog:
             lines.pop()
         whole = sum(map(len, lines))
         if whole < position:
-            self.say(f"WARNING: {self.metrics_file.name} had {position} bytes at the checkpoint, {whole} are left; "
-                     f"what is missing stays missing")
+            self.say(f"WARNING: {self.metrics_file.name} had {position} bytes at the checkpoint, but only {whole} are left; "
+                     f"the lines between are lost")
         self.metrics_file.truncate(whole)
         self.metrics_file.seek(0, os.SEEK_END)
         return json.loads(lines[-1])["step"] if lines else 0
@@ -130,7 +131,6 @@ class RunLog:
         """Bytes of metrics.jsonl that are safely on disk (0 on ranks that do not write)."""
         if self.metrics_file is None:
             return 0
-        self.metrics_file.flush()
         os.fsync(self.metrics_file.fileno())
         return self.metrics_file.tell()
 
@@ -141,12 +141,12 @@ class RunLog:
             self.text_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, step, values):
-        """One line of metrics.jsonl (`step` first), and the same numbers to TensorBoard and wandb."""
+        """One line of metrics.jsonl (`step` first), and the same numbers to TensorBoard and wandb. NaN and Inf are null: JSON has neither."""
         if self.metrics_file is None:
             return
-        self.metrics_file.write((json.dumps({"step": step, **values}) + "\n").encode())
-        self.metrics_file.flush()
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+        self.metrics_file.write((json.dumps({"step": step, **finite}, allow_nan=False) + "\n").encode())
+        numbers = {key: value for key, value in finite.items() if isinstance(value, (int, float))}
         if self.board is not None:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, step)
@@ -164,11 +164,3 @@ class RunLog:
                 sink.close()
         if self.wandb is not None:
             self.wandb.finish()
-
-
-def _start_wandb(folder, config):
-    try:
-        import wandb
-    except ImportError as error:
-        raise UserError("log.wandb=true needs the package wandb: pip install wandb, or log.wandb=false") from error
-    return wandb.init(dir=str(folder), name=folder.name, id=folder.name, resume="allow", config=config)
