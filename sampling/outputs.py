@@ -44,15 +44,17 @@ def claim_folder(outdir, settings):
     note = outdir / "settings.json"
     if note.is_file():
         try:
-            then = json.loads(note.read_text())
-        except ValueError as error:
+            then = {name: values for name, values in json.loads(note.read_text()).items() if isinstance(values, dict)}
+        except (ValueError, AttributeError) as error:
             raise UserError(f"{note} is not readable; give another --outdir, or delete this folder") from error
-        sections = [name for name, values in settings.items() if isinstance(values, dict)
-                    and (name != "vae" or name in then)]  # latents do not depend on the autoencoder
-        other = [f"{section}.{key} {then.get(section, {}).get(key)} there, {value} now" for section in sections
-                 for key, value in settings[section].items() if then.get(section, {}).get(key) != value]
+        other = []
+        for section in settings.keys() - {"ckpt_path"}:
+            before = then.get(section, settings[section] if section == "vae" else {})  # latents do not depend on the autoencoder
+            other += [f"{section}.{key} {before.get(key)} there, {value} now" for key, value in settings[section].items()
+                      if before.get(key) != value]
         if other:
-            raise UserError(f"{outdir} holds samples of other settings: {'; '.join(other)}. Give another --outdir, or delete this folder")
+            raise UserError(f"{outdir} holds samples of other settings: {'; '.join(sorted(other))}. "
+                            f"Give another --outdir, or delete this folder")
         settings = then | settings
     elif any(outdir.iterdir()):
         raise UserError(f"{outdir} holds other files; give another --outdir")
@@ -117,7 +119,7 @@ class Output:
         try:
             with np.load(self.npz) as content:
                 return content["seeds"].tolist()
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.npz} is damaged, or another program's; give another --outdir, or delete it") from error
 
     def _write_labels(self, classes_of, class_names):

@@ -11,10 +11,12 @@ import torch
 
 import models
 from models.layers import sincos_positions
-from sampling.load import infer_model_config, load_checkpoint, load_weights_into, steps_done, strip_prefixes, weights_of
-from sampling.sample import build_model
+from sampling.load import (check_latents, checkpoint_digest, file_sha256, infer_model_config, load_checkpoint, load_net, load_weights_into,
+                           steps_done, strip_prefixes, weights_of)
 from training.checkpoint import write_checkpoint
-from utils.schema import ModelConfig
+from utils.cli import UserError
+from utils.config import load_config, model_arguments, to_dict
+from utils.schema import Config, ModelConfig
 
 SIZES = dict(in_channels=4, depth=1, width=16, num_heads=2, decoder_depth=1, decoder_width=16, decoder_num_heads=2)
 
@@ -102,7 +104,7 @@ def wrong_types():
                 "opt-state-2": {"ema": {"a": tensor}, "opt": {"state": {0: 5}}}, "groups": {"ema": {"a": tensor}, "opt": {"param_groups": 3}},
                 "step-text": {"ema": {"a": tensor}, "step": "12"}, "step-tensor": {"ema": {"a": tensor}, "step": tensor},
                 "no-ema": {"model": {"a": tensor}}, "config": {"ema": {"a": tensor}, "config": []}, "args-only": {"args": argparse.Namespace(a=1)},
-                "nested": {"ema": {"a": {"b": tensor}}}, "numbers-as-names": {"ema": {1: tensor}}}.items()
+                "latents": {"ema": {"a": tensor}, "latents": 0.5}, "nested": {"ema": {"a": {"b": tensor}}}, "numbers-as-names": {"ema": {1: tensor}}}.items()
 
 
 def junk(dice):
@@ -245,7 +247,7 @@ def test_positions_of_another_resolution_are_interpolated(capsys):
 def test_config_is_inferred_from_published_shapes(options):
     config = dataclasses.replace(ModelConfig(model_type="DiT-S/8"), **options)
     with torch.device("meta"):
-        weights = build_model(config).state_dict()
+        weights = models.build_model(**model_arguments(Config(model=config))).state_dict()
     assert infer_model_config(weights, "file.pt") == config
 
 
@@ -254,3 +256,82 @@ def test_odd_sizes_cannot_be_inferred():
         infer_model_config(models.build_model("DiT-S/2", in_size=8, num_classes=5, **SIZES).state_dict(), "file.pt")
     with pytest.raises(ValueError, match="no MaskDiT"):
         infer_model_config({"a": torch.zeros(1)}, "file.pt")
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+def saved_net(path, config=(), **extra):
+    """A checkpoint of a tiny network with its config; returns the network."""
+    settings = load_config(None, ["model.model_type=DiT-S/2", "model.in_size=8", "model.num_classes=3", *(f"model.{key}={value}" for key, value
+                                                                                                       in SIZES.items())])
+    net = models.build_model(**model_arguments(settings))
+    values = to_dict(settings)
+    for key, value in config:
+        section, name = key.split(".")
+        values[section][name] = value
+    write_checkpoint(path, {"model": net.state_dict(), "ema": net.state_dict(), "config": values, **extra})
+    return net
+
+
+def test_network_comes_with_its_config_and_what_its_checkpoint_says(tmp_path):
+    path = tmp_path / "0000001.pt"
+    saved = saved_net(path, class_names=["a", "b", "c"], latents={"scale": 0.5, "shift": 0.0, "vae": ""})
+    net, config, class_names, latents = load_net(path, "ema", None, ["sample.num_steps=7"], torch.device("cpu"))
+    assert config.model.depth == 1 and config.sample.num_steps == 7 and class_names == ["a", "b", "c"] and latents["scale"] == 0.5
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in net.state_dict().items())
+    assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
+    half = load_net(path, "ema", None, ["sample.amp=bf16"], torch.device("cpu"))[0]
+    assert half.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+
+
+def test_a_bad_value_in_a_checkpoints_config_names_the_file(tmp_path):
+    path = tmp_path / "0000001.pt"
+    saved_net(path, config=[("train.lr", -1.0)])
+    with pytest.raises(UserError, match="checkpoint .*0000001.pt, in its config: train.lr=-1.0"):
+        load_net(path, "ema", None, [], torch.device("cpu"))
+
+
+def test_keys_of_an_older_version_are_told_once_and_the_checkpoint_is_sampled(tmp_path, capsys):
+    path = tmp_path / "0000001.pt"
+    saved_net(path, config=[("train.half_gone", True), ("sample.solver_set", "edm"), ("sample.solver", "heun")])
+    config = load_net(path, "ema", None, [], torch.device("cpu"))[1]
+    assert config.sample.solver is None  # the choices of the other sampler were saved too
+    assert capsys.readouterr().out.count("train.half_gone") == 1
+
+
+def test_digest_is_the_manifests_or_the_files_own(tmp_path):
+    path = tmp_path / "0000001.pt"
+    saved_net(path)
+    digest = checkpoint_digest(path)
+    path.with_suffix(".json").unlink()
+    assert digest == checkpoint_digest(path) == file_sha256(path) and len(digest) == 64
+
+
+def autoencoder(scale=0.18215, shift=0.0, digest="a" * 16):
+    return argparse.Namespace(scale=scale, shift=shift, digest=digest)
+
+
+@pytest.mark.parametrize("latents, message", [
+    ({"vae": "b" * 16}, "checkpoint x.pt was made with the autoencoder b{16}, but vae.path=v.pth is a{16}; give the one .*--vae"),
+    ({"scale": 0.13025, "vae": ""}, r"checkpoint x.pt has latents of scale 0.13025, but the autoencoder of vae.path=v.pth has 0.18215; .*--vae"),
+    ({"scale": 0.18215, "shift": 0.1, "vae": None}, "latents of shift 0.1, but .* has 0; "),
+])
+def test_latents_of_another_autoencoder_are_refused(latents, message):
+    with pytest.raises(UserError, match=message):
+        check_latents(latents, autoencoder(), "checkpoint x.pt", "v.pth")
+
+
+@pytest.mark.parametrize("latents", [{}, {"scale": None, "shift": None, "vae": ""}, {"scale": 0.18215, "shift": 0.0, "vae": ""},
+                                     {"scale": 0.18215, "shift": 0.0, "vae": "a" * 16}])
+def test_the_same_and_what_is_not_known_pass(latents):
+    vae = autoencoder()
+    check_latents(latents, vae, "checkpoint x.pt", "v.pth")
+    assert (vae.scale, vae.shift) == (0.18215, 0.0)
+
+
+def test_numbers_per_channel_and_those_set_for_this_very_autoencoder_are_decoded_with():
+    vae = autoencoder()
+    check_latents({"scale": [1.0, 2.0], "shift": [0.0, 3.0], "vae": ""}, vae, "x", "v")
+    assert (vae.scale, vae.shift) == ([1.0, 2.0], [0.0, 3.0])
+    check_latents({"scale": 0.5, "shift": 0.25, "vae": "a" * 16}, vae, "x", "v")
+    assert (vae.scale, vae.shift) == (0.5, 0.25)
