@@ -1,7 +1,12 @@
 """Optimizer steps that skip what is not finite, in every precision; what is compiled where."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from training_runs import ROOT
 
 from utils import precision
 from utils.precision import Stepper, autocast, effective_amp, native_bf16, use_compile
@@ -131,3 +136,13 @@ def test_deterministic_kernels_are_asked_for_with_and_without_the_compiler(monke
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def test_compiling_on_a_cpu_does_not_warn_of_cuda(tmp_path):
+    (tmp_path / "nvcc").touch(mode=0o755)  # a toolkit, on a machine without a GPU
+    environment = {key: value for key, value in os.environ.items() if key not in ("CUDA_HOME", "CUDA_PATH")}
+    environment |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    code = "from utils.precision import setup_backends; setup_backends(False, False, compiled={}); import torch.utils.cpp_extension"
+    said = [subprocess.run([sys.executable, "-c", code.format(compiled)], cwd=ROOT, env=environment, capture_output=True, text=True).stderr
+            for compiled in (False, True)]
+    assert "CUDA" in said[0] and said[1] == ""

@@ -40,6 +40,8 @@ def setup_backends(tf32, deterministic, compiled=False):
     """
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
+    if compiled and not torch.cuda.is_available():
+        os.environ.setdefault("CUDA_PATH", "")  # or the compiler for CPUs looks for CUDA, and warns if it finds a toolkit without a GPU
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
         # "error", not "warn": with warnings alone, the backward pass of attention would stay non-deterministic.
