@@ -68,6 +68,8 @@ def prepare(args):
     from dataset.images import open_images
     from utils.precision import setup_backends
 
+    if args.num_workers is not None and args.num_workers < 1:
+        raise UserError(f"--num_workers {args.num_workers} must be at least 1")
     images = open_images(args.images, args.resolution, args.xflip)
     setup_backends(tf32=False, deterministic=True)
     device = distributed.device()
@@ -75,8 +77,7 @@ def prepare(args):
     vae_dtype = types[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
     vae = load_autoencoder(args.vae, device)
     vae_name = Path(args.vae).name if Path(args.vae).exists() else args.vae  # the set names no place of this machine
-    num_images = images.num_images - args.first if args.num_images is None else args.num_images
-    plan = make_plan(images, vae, vae_name, vae_dtype, args.first, num_images, args.batch, types[args.store], args.shard_size)
+    plan = make_plan(images, vae, vae_name, vae_dtype, args.first, args.num_images, args.batch, types[args.store], args.shard_size)
     return images, vae.to(dtype=getattr(torch, vae_dtype), memory_format=torch.channels_last), plan
 
 

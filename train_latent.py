@@ -12,7 +12,8 @@ from training.run import launch_if_asked, parse_arguments, resolve_config, train
 def open_dataset(config):
     from dataset.formats import open_latents
 
-    dataset = open_latents(config.data.root, config.data.xflip, config.model.num_classes)
+    data = config.data
+    dataset = open_latents(data.root, data.xflip, config.model.num_classes, data.scale, data.shift)
     model = config.model
     wanted = (2 * model.in_channels, model.in_size, model.in_size)
     if dataset.sample_shape != wanted:

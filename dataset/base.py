@@ -1,5 +1,6 @@
 """What every set of samples offers, images and stored latents alike, and what their readers share."""
 
+import io
 import math
 import os
 import struct
@@ -11,6 +12,10 @@ import numpy as np
 from utils.cli import UserError
 
 NPZ_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError)  # from a file cut or changed
+
+
+MOMENTS_CHANNELS = 8
+CERTAIN_LOGVAR = -30.0  # a standard deviation of 3e-7
 
 
 class SampleSet:
@@ -77,10 +82,97 @@ class SampleSet:
 class LatentSet(SampleSet):
     """Stored latents of any format: samples are VAE moments (2C, H, W), mean then log-variance.
 
-    scale, shift: latents = scale * (z - shift). vae: the autoencoder's name, maybe empty.
+    scale, shift: latents = scale * (z - shift); numbers, or lists of one number per channel.
+    says_scale: whether the files say so themselves. If not, these are what the format's own project uses.
+    vae: the autoencoder's name. vae_digest: its identity (`Autoencoder.digest`). Both may be empty.
+    holds_mirrored: whether mirrored copies are stored; `mirrored` says whether they are counted.
     """
 
-    scale, shift, vae = 0.18215, 0.0, ""
+    scale, shift, says_scale = 0.18215, 0.0, False
+    vae, vae_digest = "", ""
+    holds_mirrored = False
+
+    @property
+    def description(self):
+        """How latents are made of the samples, as checkpoints keep it."""
+        return {"scale": self.scale, "shift": self.shift, "vae": self.vae_digest}
+
+    def use_scale(self, scale=None, shift=None):
+        """Take the user's scale and shift (None: no wish). Raises UserError if the files say otherwise."""
+        for name, wanted in (("scale", scale), ("shift", shift)):
+            if wanted is None:
+                continue
+            wanted, said = per_channel(name, wanted, self.sample_shape[0] // 2), getattr(self, name)
+            if self.says_scale and not np.allclose(wanted, said, rtol=1e-5):
+                raise UserError(f"{name}={wanted} is asked for (data.{name}, or --{name} of dataset.convert), but {self.name} says "
+                                f"{said}; leave it out")
+            setattr(self, name, wanted)
+
+
+def per_channel(name, value, channels):
+    """A scale or shift as a float, or as a list of one float per channel. Raises UserError for anything else."""
+    several, may_be_negative = isinstance(value, (list, tuple)), name.endswith("shift")
+    numbers = list(value) if several else [value]
+    sane = all(type(number) in (int, float) and math.isfinite(number) and (number > 0 or may_be_negative) for number in numbers)
+    if not sane or len(numbers) != (channels if several else 1):
+        raise UserError(f"{name}={value!r}, wanted a {'finite' if may_be_negative else 'positive'} number, or {channels} of them")
+    return list(map(float, numbers)) if several else float(value)
+
+
+class FormatSet(LatentSet):
+    """A `LatentSet` whose files hold moments or latents, one array per image; sub-classes fill in `_array`.
+
+    Latents (C, H, W) become moments whose log-variance is the lowest that is used: drawing from them gives the latents back.
+    """
+
+    always_moments = False  # else 8 channels are moments of a 4-channel VAE, and any other number is latents
+    holds_latents = False
+
+    def _set_shape(self, shape, where, dtype):
+        """Take over the shape (C, H, W) and type of one stored array."""
+        if len(shape) != 3 or shape[1] != shape[2] or np.dtype(dtype) not in (np.float16, np.float32):
+            raise UserError(f"{where}: {np.dtype(dtype)} of shape {tuple(shape)}, wanted float16 or float32 (channels, size, size)")
+        self.holds_latents = not self.always_moments and shape[0] != MOMENTS_CHANNELS
+        self.sample_shape = (shape[0] * (2 if self.holds_latents else 1), *shape[1:])
+        self.dtype = np.dtype(dtype)
+
+    def _read_samples(self, indices, out):
+        channels = self.sample_shape[0] // (2 if self.holds_latents else 1)
+        out[:, channels:] = CERTAIN_LOGVAR
+        for row, index in zip(out[:, :channels], indices.tolist()):
+            mirrored, image = divmod(index, self.num_images)
+            array, where = self._array(image, mirrored)
+            if array.shape != row.shape or array.dtype != self.dtype:
+                raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted {self.dtype} of shape {row.shape} "
+                                f"as the first sample")
+            row[:] = array
+
+    def _array(self, image, mirrored):
+        """The stored array (C, H, W) of an image (or its mirrored copy), and 'file: key' for messages."""
+        raise NotImplementedError
+
+
+def whole_number(data, where):
+    """The whole number in the bytes of an ascii text."""
+    text = bytes(data[:40]).strip()
+    if not text.removeprefix(b"-").isdigit() or len(text) > 18:
+        raise UserError(f"{where} is {text!r}, wanted a whole number in ascii")
+    return int(text)
+
+
+def one_integer(array, where):
+    """The number in an integer array of one element."""
+    if array.size != 1 or array.dtype.kind not in "iu":
+        raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted one integer")
+    return int(array.reshape(()))
+
+
+def read_npy(data, where):
+    """The array in the bytes of a .npy file. Raises UserError if they are cut short or hold Python objects."""
+    try:
+        return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError):
+        raise UserError(f"{where}: {len(data)} bytes are not a whole .npy array of numbers") from None
 
 
 def check_not_cut(file, wanted, sample):

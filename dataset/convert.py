@@ -8,11 +8,9 @@ Mirrored copies come along where there are any. Interrupted, the same command go
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from utils.cli import run
 
-CHUNK = 1024  # samples held at once while labels are looked through
+CHUNK = 4096  # labels looked through at once
 
 
 def parse_arguments():
@@ -23,7 +21,7 @@ def parse_arguments():
     parser.add_argument("--store", choices=("keep", "fp16", "fp32"), default="keep",
                         help="type of the stored moments; fp16 halves size and reading (default: %(default)s)")
     parser.add_argument("--num_classes", type=int, help="where the source does not say (default: its largest label + 1)")
-    parser.add_argument("--scale", type=float, help="latents = scale * (z - shift), where the source's VAE is not the usual one")
+    parser.add_argument("--scale", type=float, help="latents = scale * (z - shift), where the source does not say and its VAE is not the usual one")
     parser.add_argument("--shift", type=float)
     parser.add_argument("--vae", default="", help="name of the VAE, a note for later")
     parser.add_argument("--shard_size", type=int, default=4096, help="samples per file (default: %(default)s)")
@@ -35,25 +33,23 @@ def make_plan(source, args):
     from dataset.store import Plan
 
     dtype = {"keep": source.dtype.name, "fp16": "float16", "fp32": "float32"}[args.store]
-    num_classes = source.num_classes
-    if num_classes is None:
-        num_classes = 1 + max(int(source.read_labels(part).max()) for part in _chunks(range(source.num_images), CHUNK))
+    chunks = (range(i, min(i + CHUNK, source.num_images)) for i in range(0, source.num_images, CHUNK))
+    largest = max(int(source.read_labels(chunk).max()) for chunk in chunks)  # also finds labels that --num_classes does not allow
+    num_classes = largest + 1 if source.num_classes is None else source.num_classes
+    made_by = {"program": "dataset.convert", "source": Path(source.name).name}
     return Plan(source.num_images, source.sample_shape, dtype, source.mirrored, num_classes, tuple(source.class_names),
-                source.scale if args.scale is None else args.scale, source.shift if args.shift is None else args.shift,
-                args.vae or source.vae, args.shard_size, {"program": "convert_latents", "source": Path(source.name).name})
-
-
-def _chunks(numbers, size):
-    return [numbers[begin:begin + size] for begin in range(0, len(numbers), size)]
+                source.scale, source.shift, args.vae or source.vae, args.shard_size, made_by, source.vae_digest)
 
 
 def main():
     args = parse_arguments()
-    from dataset.formats import open_latents
+    from dataset.formats import find_latents
     from dataset.store import LatentWriter
     from utils.logging import Progress
 
-    source = open_latents(args.source, xflip=True, num_classes=args.num_classes)
+    source = find_latents(args.source).expect_classes(args.num_classes)
+    source.use_scale(args.scale, args.shift)
+    source.mirrored = source.holds_mirrored
     plan = make_plan(source, args)
     writer = LatentWriter(args.dest, plan)
     pending = writer.pending()

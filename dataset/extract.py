@@ -5,7 +5,6 @@ was already there and however many processes share the shards.
 """
 
 import contextlib
-import hashlib
 import os
 import time
 from collections import deque
@@ -48,29 +47,23 @@ def make_plan(images, vae, vae_name, vae_dtype, first, num_images, batch_size, d
     """The `Plan` of encoding images first .. first+num_images-1 with the `Autoencoder` vae, here in float32.
 
     vae_dtype, dtype: names of the types of the VAE's arithmetic and of the stored moments.
-    Raises ValueError if the range or the resolution does not fit.
+    num_images: None takes all from `first` on. Raises UserError if the range or the resolution does not fit.
     """
-    if not 0 <= first < first + num_images <= images.num_images:
-        raise UserError(f"--first {first} --num_images {num_images}: {images.name} has images 0..{images.num_images - 1}")
+    if not 0 <= first < images.num_images:
+        raise UserError(f"--first {first}: {images.name} has {images.num_images} images, numbered 0 to {images.num_images - 1}")
+    rest = images.num_images - first
+    num_images = rest if num_images is None else num_images
+    if not 1 <= num_images <= rest:
+        raise UserError(f"--num_images {num_images}: from --first {first} on, {images.name} has {rest} images")
     if batch_size < 1:
         raise UserError(f"--batch {batch_size} must be at least 1")
     if images.resolution % vae.downsample:
         raise UserError(f"--resolution {images.resolution} must be a multiple of {vae.downsample}, the VAE's reduction")
     size = images.resolution // vae.downsample
     made_by = {"program": "extract_latent", "images": images.path.name, "images_sha256": images.fingerprint(), "first": first,
-               "resolution": images.resolution, "batch": batch_size, "vae_sha256": fingerprint(vae),
-               "vae_dtype": vae_dtype}
+               "resolution": images.resolution, "batch": batch_size, "vae_dtype": vae_dtype}
     return Plan(num_images, (2 * vae.latent_channels, size, size), dtype, images.mirrored, images.num_classes,
-                tuple(images.class_names), vae.scale, vae.shift, vae_name, shard_size, made_by)
-
-
-def fingerprint(module):
-    """Hexadecimal SHA-256 of a module's weights by name."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+                tuple(images.class_names), vae.scale, vae.shift, vae_name, shard_size, made_by, vae.digest)
 
 
 def extract(images, vae, dest, plan, skip_bad=False, num_workers=None):

@@ -4,114 +4,86 @@
 |---|---|
 | manifest.json | own (dataset/store.py) |
 | data.mdb, train/data.mdb, or the .mdb file itself | LMDB of MaskDiT |
-| *.tar, or one .tar file | WebDataset shards |
+| *.tar, or one .tar file | WebDataset shards of MaskDiT and others (dataset/webdataset.py) |
 | *.safetensors, or one such file | shards of LightningDiT |
 | two folders *_features and *_labels | one .npy per image, as fast-DiT writes them |
 | class folders with .npz files | one .npz per image, as MAR writes them |
 
 All hand out VAE moments (2C, H, W). A format that holds latents instead (C, H, W: a sample or the mean) is read as moments
 whose log-variance is -30, the lowest that is used: drawing from them gives the stored latent back (standard deviation 3e-7).
-Where a format does not say which of the two it holds, 8 channels are moments of a 4-channel VAE and any other number is
-latents. Mirrored copies, where all images have one, are counted only when asked for.
+Where a format does not say which of the two it holds, 8 channels are moments of a 4-channel VAE and any other number is latents.
 """
 
-import io
-import json
 import math
-import mmap
 import os
 import threading
-from math import isqrt
 from pathlib import Path
 
 import numpy as np
 
-from dataset.base import LatentSet, check_not_cut
+from dataset.base import (MOMENTS_CHANNELS, FormatSet, LatentSet, check_not_cut, one_integer, open_npz, per_channel, read_npy, read_npz,
+                          whole_number)
 from dataset.store import MANIFEST, PARTIAL, StoredLatents
+from dataset.webdataset import WebDatasetLatents
 from utils.cli import UserError
+from utils.logging import say
 
-MOMENTS_CHANNELS = 8
-CERTAIN_LOGVAR = -30.0
-NPY_MAGIC = b"\x93NUMPY"
+LATENT_STD = 0.5  # of latents normalised by a statistics file: what EDM's sigma_data = 0.5 supposes
 
 
-def open_latents(path, xflip=False, num_classes=None):
+def open_latents(path, xflip=False, num_classes=None, scale=None, shift=None):
     """The `LatentSet` at `path`.
 
-    xflip: count the mirrored copies too, where the set has them. num_classes: what the model expects (None or 0: not checked).
-    Raises UserError if no known format is there or its files are damaged.
+    xflip: count the stored encodings of the mirrored images too. num_classes: what the model expects (None or 0: not checked).
+    scale, shift: for formats that do not say theirs.
+    Raises UserError if no known format is there, its files are damaged, or they do not hold or say what is asked for.
     """
-    return _open(path, xflip).expect_classes(num_classes)
+    latents = find_latents(path)
+    latents.use_scale(scale, shift)
+    if xflip and not latents.holds_mirrored:
+        raise UserError(f"data.xflip=true, but {latents.name} holds no mirrored copies; extract it again with --xflip, "
+                        f"or set data.xflip=false")
+    if latents.holds_mirrored and not xflip:
+        say(f"{latents.name} also holds the mirrored copies of its images; data.xflip=true trains on them too")
+    latents.mirrored = xflip
+    return latents.expect_classes(num_classes)
 
 
-def _open(path, xflip):
+def find_latents(path):
+    """The reader of what is at `path`, without mirrored copies. Raises UserError as `open_latents`."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder (stored latents wanted)")
     for reader, finds in READERS:
         found = finds(path)
         if found:
-            return reader(found, xflip)
+            return reader(found)
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) if path.is_dir() else "a file of another kind"
     raise UserError(f"{path}: no stored latents found in it ({inside or 'empty'}); wanted {MANIFEST}, data.mdb, *.tar, "
                     f"*.safetensors, *_features with *_labels, or class folders of .npz; extract_latent.py makes them of images")
 
 
-class FormatSet(LatentSet):
-    """A `LatentSet` whose files hold moments or latents, one array per image; sub-classes fill in `_array`."""
-
-    holds_latents = False
-
-    def _set_shape(self, shape, where, dtype=np.float32):
-        """Take over the shape (C, H, W) and type of one stored sample."""
-        if len(shape) != 3 or shape[1] != shape[2] or np.dtype(dtype) not in (np.float16, np.float32):
-            raise UserError(f"{where}: {np.dtype(dtype)} of shape {tuple(shape)}, wanted float16 or float32 (channels, size, size)")
-        self.holds_latents = shape[0] != MOMENTS_CHANNELS
-        self.sample_shape = (shape[0] * (2 if self.holds_latents else 1), *shape[1:])
-        self.dtype = np.dtype(dtype)
-
-    def _read_samples(self, indices, out):
-        channels = self.sample_shape[0] // (2 if self.holds_latents else 1)
-        out[:, channels:] = CERTAIN_LOGVAR
-        wanted = (channels, *self.sample_shape[1:])
-        for row, index in zip(out[:, :channels], indices.tolist()):
-            mirrored, image = divmod(index, self.num_images)
-            array, where = self._array(image, mirrored)
-            if array.shape != wanted or array.dtype != self.dtype:
-                raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted {self.dtype} of shape {wanted} "
-                                f"as the first sample")
-            row[:] = array
-
-    def _array(self, image, mirrored):
-        """The stored array (C, H, W) of an image (or its mirrored copy), and 'file: key' for messages."""
-        raise NotImplementedError
-
-
-class LMDBLatents(FormatSet):
+class LMDBLatents(LatentSet):
     """MaskDiT's LMDB: `z-{i}` float32 moments [8, H, W], `y-{i}` ascii class, `length` ascii count of images.
 
     Mirrored copies, told by the key `z-{length}`, follow as i + length. Memory-mapped, read-only, without lock file.
     """
 
-    def __init__(self, file, xflip=False):
+    def __init__(self, file):
         self.file, self.name = file, str(file)
-        self._check_whole()
-        with _environment(file).begin(buffers=True) as transaction:
-            self.num_images = _ascii_int(self._value(transaction, "length"), f"{file}: length")
+        environment = _environment(file)
+        self.num_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        found = file.stat().st_size
+        if found < self.num_bytes:  # reading past the end would kill the process (SIGBUS)
+            raise UserError(f"{file} is cut short: {found} bytes, its page table wants {self.num_bytes}; fetch it again")
+        with environment.begin(buffers=True) as transaction:
+            self.num_images = whole_number(self._value(transaction, "length"), f"{file}: length")
             if self.num_images < 1:
                 raise UserError(f"{file}: length says {self.num_images} images")
-            size = isqrt(len(self._value(transaction, "z-0")) // (4 * MOMENTS_CHANNELS))
-            self._set_shape((MOMENTS_CHANNELS, size, size), f"{file}: z-0")
-            self.mirrored = xflip and transaction.get(f"z-{self.num_images}".encode()) is not None
-
-    def _check_whole(self):
-        """Reading past the end of a file cut short would kill the process (SIGBUS), so look before."""
-        environment = _environment(self.file)
-        wanted = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        found = self.file.stat().st_size
-        if found < wanted:
-            raise UserError(f"{self.file} is cut short: {found} bytes, its page table wants {wanted}; fetch it again")
-        self.num_bytes = wanted
+            size = math.isqrt(len(self._value(transaction, "z-0")) // (4 * MOMENTS_CHANNELS))
+            self.sample_shape = (MOMENTS_CHANNELS, size, size)
+            self._value(transaction, f"z-{self.num_images - 1}")
+            self.holds_mirrored = transaction.get(f"z-{self.num_images}".encode()) is not None
 
     def _value(self, transaction, key):
         value = transaction.get(key.encode())
@@ -121,182 +93,127 @@ class LMDBLatents(FormatSet):
 
     def _read_samples(self, indices, out):
         wanted = 4 * math.prod(self.sample_shape)
-        rows = out.reshape(len(out), math.prod(self.sample_shape))
         if len(indices):
             check_not_cut(self.file, self.num_bytes, int(indices[0]))
         with _environment(self.file).begin(buffers=True) as transaction:
-            for row, index in zip(rows, indices.tolist()):
+            for row, index in zip(out, indices.tolist()):
                 value = self._value(transaction, f"z-{index}")
                 if len(value) != wanted:
                     raise UserError(f"{self.file}: z-{index} has {len(value)} bytes, wanted {wanted} "
                                     f"(float32 {self.sample_shape})")
-                row[:] = np.frombuffer(value, np.float32)
+                row.reshape(-1)[:] = np.frombuffer(value, np.float32)
 
     def _read_labels(self, image_indices):
         with _environment(self.file).begin(buffers=True) as transaction:
-            return np.array([_ascii_int(self._value(transaction, f"y-{index}"), f"{self.file}: y-{index}")
+            return np.array([whole_number(self._value(transaction, f"y-{index}"), f"{self.file}: y-{index}")
                              for index in image_indices.tolist()], np.int64)
 
 
-_environments = {}  # file -> (process id, open LMDB environment); a file may be open only once in a process
+_environments = {}  # file -> (process id, open LMDB environment); LMDB lets a process open a file only once
 _environments_lock = threading.Lock()
 
 
 def _environment(file):
     """This process's LMDB environment of `file`, opened at the first call, and anew after a fork."""
-    process, environment = _environments.get(file, (None, None))
-    if process == os.getpid():
-        return environment
     import lmdb
     with _environments_lock:
         process, environment = _environments.get(file, (None, None))
-        if process == os.getpid():
-            return environment
-        if environment is not None:
-            environment.close()  # the parent's: unmaps only here
-        try:
-            environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
-        except lmdb.Error as error:
-            raise UserError(f"{file} is not a readable LMDB file ({error}); fetch it again") from error
-        _environments[file] = (os.getpid(), environment)
+        if process != os.getpid():
+            if environment is not None:
+                environment.close()  # the parent's: unmaps only here
+            try:
+                environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
+            except lmdb.Error as error:
+                raise UserError(f"{file} is not a readable LMDB file ({error}); fetch it again") from error
+            _environments[file] = (os.getpid(), environment)
         return environment
-
-
-class WebDatasetLatents(FormatSet):
-    """WebDataset tar shards, random access: members are found once by their headers, then read at their offset.
-
-    Members of a sample share the name up to the first dot. Moments or latents (see above), by what follows the dot:
-    `latent`, `latents`, `moments` (each also with `.npy`) or `npy`; without `.npy` raw little-endian float32 or float16
-    [8, H, W] are also understood. Mirrored: `latent_flip`, `latents_flip`, `moments_flip`, also with `.npy`.
-    Labels: `cls`, `label`, `cls.txt`, `label.txt` (ascii), `cls.npy`, `label.npy`, or `json` with a key `label` or `cls`.
-    Pickled members (`pyd`, `pickle`, `pth`) are refused: reading them could run code.
-    """
-
-    ROLES = {
-        "moments": ("moments.npy", "latents.npy", "latent.npy", "npy", "moments", "latents", "latent"),
-        "label": ("cls", "label", "cls.txt", "label.txt", "cls.npy", "label.npy", "json"),
-        "mirrored moments": ("moments_flip.npy", "latents_flip.npy", "latent_flip.npy",
-                             "moments_flip", "latents_flip", "latent_flip"),
-    }
-
-    def __init__(self, files, xflip=False):
-        self.name = str(files[0].parent if len(files) > 1 else files[0])
-        self.files = files
-        # (N, 7): file, then offset and size of moments, label and mirrored moments (size 0: none)
-        self.index = np.array([(number, *places) for number, file in enumerate(files) for places in self._places(file)], np.int64)
-        self.num_images = len(self.index)
-        if not self.num_images:
-            raise UserError(f"{self.name}: no sample in {len(files)} tar files")
-        self._maps = {}
-        first, where = self._array(0, False)
-        self._set_shape(first.shape, where, first.dtype)
-        self.mirrored = xflip and bool((self.index[:, 6] > 0).all())
-
-    def __getstate__(self):
-        return {**self.__dict__, "_maps": {}}
-
-    def _places(self, file):
-        """Of each sample in a tar: offset and size of its moments, label and mirrored moments."""
-        samples = {}
-        for name, offset, size in _tar_members(file):
-            folder, slash, base = name.rpartition("/")
-            key, _, kind = base.partition(".")
-            samples.setdefault(folder + slash + key, {})[kind] = (offset, size)
-        return [self._roles(file, key, members) for key, members in samples.items()]
-
-    def _roles(self, file, key, members):
-        places = []
-        for role, kinds in self.ROLES.items():
-            place = next((members[kind] for kind in kinds if kind in members), (0, 0))
-            if not place[1] and role != "mirrored moments":
-                raise UserError(f"{file}: sample {key} has no {role}: it has {', '.join(sorted(members))}, "
-                                f"wanted one of {', '.join(kinds)} with content (pickles are not read)")
-            places += place
-        return places
-
-    def _member(self, image, column):
-        """Bytes of the member at (column, column + 1) of the index, and 'file: name' (from its header block) for messages."""
-        number, offset, size = self.index[image, [0, column, column + 1]].tolist()
-        mapped = self._maps.get(number)
-        if mapped is None:
-            mapped = self._maps[number] = memoryview(np.memmap(self.files[number], np.uint8, "r"))
-        check_not_cut(self.files[number], len(mapped), image)
-        name = bytes(mapped[offset - 512:offset - 412]).rstrip(b"\0").decode(errors="replace")
-        return mapped[offset:offset + size], f"{self.files[number]}: {name}"
-
-    def _array(self, image, mirrored):
-        data, where = self._member(image, 5 if mirrored else 1)
-        return (_npy_array if data[:6] == NPY_MAGIC else _raw_moments)(data, where), where
-
-    def _read_labels(self, image_indices):
-        return np.array([self._label(image) for image in image_indices.tolist()], np.int64)
-
-    def _label(self, image):
-        data, where = self._member(image, 3)
-        if data[:6] == NPY_MAGIC:
-            return _scalar(_npy_array(data, where), where)
-        return _json_label(data, where) if data[:1] == b"{" else _ascii_int(data, where)
 
 
 class SafetensorsLatents(FormatSet):
     """LightningDiT's shards: tensors `latents` (n, C, H, W), `latents_flip` the same, `labels` (n,), in each file.
 
-    That project stores latents before any scaling, so the VAE's own scale (0.18215 unless told otherwise) is still to be
-    applied; its per-channel statistics file is not used. float32, float16 and bfloat16 (read as float32) are understood.
+    float32, float16 and bfloat16 (read as float32) are understood. LightningDiT stores latents before any scaling, and their
+    mean and standard deviation per channel in latents_stats.pt beside the shards. Where that file is there, latents are
+    normalised to a standard deviation of 0.5, as EDM's sigma_data = 0.5 supposes (LightningDiT itself: 1, as its flow matching
+    supposes). Else the scale is 0.18215 unless the user gives another.
     """
 
-    def __init__(self, files, xflip=False):
-        self.name = str(files[0].parent if len(files) > 1 else files[0])
-        self.files, self.headers = files, [_safetensors_header(file) for file in files]
-        for file, header in zip(files, self.headers):
-            self._check_shard(file, header)
-        counts = [header["labels"]["shape"][0] for header in self.headers]
+    DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.float32}
+
+    def __init__(self, files):
+        self.files, self.name = files, str(files[0].parent if len(files) > 1 else files[0])
+        self._handles, self._sizes = {}, [file.stat().st_size for file in files]
+        counts = [self._check_shard(shard) for shard in range(len(files))]
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
         self.num_images = sum(counts)
-        first = self.headers[0]["latents"]
-        self._set_shape(tuple(first["shape"][1:]), f"{files[0]}: latents",
-                        np.float16 if first["dtype"] == "F16" else np.float32)
-        self.mirrored = xflip and all("latents_flip" in header for header in self.headers)
-        self._maps = {}
+        first = self._slice(0, "latents")
+        self._set_shape(first.get_shape()[1:], f"{files[0]}: latents", self.DTYPES[first.get_dtype()])
+        self.holds_mirrored = all("latents_flip" in self._handle(shard).keys() for shard in range(len(files)))
+        self._read_statistics(files[0].with_name("latents_stats.pt"))
 
     def __getstate__(self):
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_handles": {}}
 
-    def _check_shard(self, file, header):
+    def _handle(self, shard):
+        if shard not in self._handles:
+            from safetensors import SafetensorError, safe_open
+            try:
+                self._handles[shard] = safe_open(self.files[shard], framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.files[shard]} is cut short or not safetensors ({error}); fetch it again") from error
+        return self._handles[shard]
+
+    def _slice(self, shard, key):
+        return self._handle(shard).get_slice(key)
+
+    def _check_shard(self, shard):
+        """The number of samples in a shard. Raises UserError if its tensors do not fit those of the first."""
+        file, found = self.files[shard], {key: self._slice(shard, key) for key in self._handle(shard).keys()}
         for key in ("latents", "labels"):
-            if key not in header:
-                raise UserError(f"{file}: no tensor {key}; found {', '.join(header) or 'none'}")
-        count = header["labels"]["shape"][0] if header["labels"]["shape"] else None
-        wanted = [count, *self.headers[0]["latents"]["shape"][1:]]
+            if key not in found:
+                raise UserError(f"{file}: no tensor {key}; found {', '.join(sorted(found)) or 'none'}")
+        counts = found["labels"].get_shape()
+        first = self._slice(0, "latents")
         for key in ("latents", "latents_flip"):
-            if key in header and header[key]["shape"] != wanted:
-                raise UserError(f"{file}: {key} of shape {header[key]['shape']}, wanted {wanted} "
-                                f"(labels {header['labels']['shape']}, first file {self.headers[0]['latents']['shape']})")
+            if key not in found:
+                continue
+            shape, dtype = found[key].get_shape(), found[key].get_dtype()
+            if shape != counts[:1] + first.get_shape()[1:] or len(counts) != 1:
+                raise UserError(f"{file}: {key} of shape {shape} for labels of shape {counts}; the first file has {first.get_shape()}")
+            if dtype not in self.DTYPES or dtype != first.get_dtype():
+                raise UserError(f"{file}: {key} is {dtype}, wanted one of {', '.join(self.DTYPES)}, the same in all files")
+        return counts[0]
 
-    def _tensor(self, shard, key):
-        tensor = self._maps.get((shard, key))
-        if tensor is None:
-            tensor = self._maps[shard, key] = _safetensors_map(self.files[shard], self.headers[shard], key)
-        return tensor
+    def _read_statistics(self, file):
+        if not file.is_file():
+            return
+        import torch
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+            mean, std = (found[key].double().flatten().tolist() for key in ("mean", "std"))
+        except Exception as error:  # whatever unpickling a damaged file leads to
+            raise UserError(f"{file} is damaged or holds no mean and std ({type(error).__name__}); fetch it again or move it away") from error
+        if min(std, default=0) > 0:
+            std = [LATENT_STD / value for value in std]
+        self.says_scale = True
+        self.scale, self.shift = (per_channel(f"{file}: {name}", value, self.sample_shape[0] // 2)
+                                  for name, value in (("scale", std), ("shift", mean)))
 
     def _place(self, image):
         shard = int(np.searchsorted(self._ends, image, side="right"))
+        check_not_cut(self.files[shard], self._sizes[shard], image)
         return shard, image - int(self._starts[shard])
 
     def _array(self, image, mirrored):
         shard, place = self._place(image)
         key = "latents_flip" if mirrored else "latents"
-        tensor = self._tensor(shard, key)
-        check_not_cut(self.files[shard], tensor.offset + tensor.nbytes, image)
-        array = tensor[place]
-        if self.headers[shard][key]["dtype"] == "BF16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        return array, f"{self.files[shard]}: {key}"
+        tensor = self._slice(shard, key)[place]
+        return (tensor if self.dtype == np.float16 else tensor.float()).numpy(), f"{self.files[shard]}: {key}"
 
     def _read_labels(self, image_indices):
         places = [self._place(image) for image in image_indices.tolist()]
-        return np.array([self._tensor(shard, "labels")[place] for shard, place in places], np.int64)
+        return np.array([self._slice(shard, "labels")[place].item() for shard, place in places], np.int64)
 
 
 class FeatureFolderLatents(FormatSet):
@@ -305,9 +222,7 @@ class FeatureFolderLatents(FormatSet):
     Its latents are already multiplied by 0.18215, so scale is 1 here.
     """
 
-    scale = 1.0
-
-    def __init__(self, folders, xflip=False):
+    def __init__(self, folders):
         features, labels = folders
         self.name = str(features)
         self.features = {file.name: file for file in _sorted_files(features, ".npy")}
@@ -321,16 +236,17 @@ class FeatureFolderLatents(FormatSet):
         self.num_images = len(self.names)
         first, where = self._array(0, False)
         self._set_shape(first.shape, where, first.dtype)
-        if not self.holds_latents:
-            self.scale = LatentSet.scale  # moments come straight from the VAE
+        if self.holds_latents:
+            self.scale = 1.0
 
     def _array(self, image, mirrored):
         file = self.features[self.names[image]]
-        return _without_batch(_npy_array(file.read_bytes(), str(file))), str(file)
+        array = read_npy(file.read_bytes(), file)
+        return array[0] if array.ndim == 4 and array.shape[0] == 1 else array, file
 
     def _read_labels(self, image_indices):
         files = [self.labels[self.names[image]] for image in image_indices.tolist()]
-        return np.array([_scalar(_npy_array(file.read_bytes(), str(file)), str(file)) for file in files], np.int64)
+        return np.array([one_integer(read_npy(file.read_bytes(), file), file) for file in files], np.int64)
 
 
 class ClassFolderLatents(FormatSet):
@@ -339,7 +255,9 @@ class ClassFolderLatents(FormatSet):
     The scale is Stable Diffusion's 0.18215 for a 4-channel VAE and 0.2325, MAR's own, for any other.
     """
 
-    def __init__(self, path, xflip=False):
+    always_moments = True
+
+    def __init__(self, path):
         self.name = str(path)
         folders = _class_folders(path)
         self.class_names = [folder.name for folder in folders]
@@ -348,16 +266,17 @@ class ClassFolderLatents(FormatSet):
         self.files = [file for file, _ in listed]
         self.labels = np.array([label for _, label in listed], np.int64)
         self.num_images = len(self.files)
-        with np.load(self.files[0], allow_pickle=False) as members:
-            self.mirrored = xflip and "moments_flip" in members
+        with open_npz(self.files[0]) as members:
+            self.holds_mirrored = "moments_flip" in members
         first, where = self._array(0, False)
         self._set_shape(first.shape, where, first.dtype)
-        self.sample_shape, self.holds_latents = first.shape, False
-        self.scale = LatentSet.scale if first.shape[0] == MOMENTS_CHANNELS else 0.2325
+        if first.shape[0] != MOMENTS_CHANNELS:
+            self.scale = 0.2325
 
     def _array(self, image, mirrored):
         file, key = self.files[image], "moments_flip" if mirrored else "moments"
-        return _npz_array(file, key), f"{file}: {key}"
+        with open_npz(file) as members:
+            return read_npz(file, members, key), f"{file}: {key}"
 
     def _read_labels(self, image_indices):
         return self.labels[image_indices]
@@ -368,25 +287,19 @@ def _find_own(path):
 
 
 def _find_lmdb(path):
-    if path.suffix == ".mdb" and path.is_file():
-        return path.resolve()
-    for file in (path / "data.mdb", path / "train" / "data.mdb"):
-        if file.is_file():
-            return file.resolve()  # one name per file: an environment may be open only once in a process
-    return None
+    files = [path] if path.suffix == ".mdb" else [path / "data.mdb", path / "train" / "data.mdb"]
+    return next((file.resolve() for file in files if file.is_file()), None)  # one name per file: it may be open only once
 
 
 def _find_files(suffix):
     def find(path):
         if path.is_file():
             return [path] if path.suffix == suffix else None
-        return _sorted_files(path, suffix) or None
+        return _sorted_files(path, suffix)
     return find
 
 
 def _find_features(path):
-    if not path.is_dir():
-        return None
     for features in sorted(path.glob("*_features")):
         labels = features.with_name(features.name.removesuffix("_features") + "_labels")
         if labels.is_dir():
@@ -421,149 +334,3 @@ def _sorted_files(folder, suffix):
         stem = name.removesuffix(suffix)
         return (0, int(stem), name) if stem.isdecimal() else (1, 0, name)
     return [Path(folder, name) for name in sorted(names, key=order)]
-
-
-def _ascii_int(data, where):
-    text = bytes(data)[:40]
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"{where} is {text!r}, wanted a whole number in ascii") from None
-
-
-def _scalar(array, where):
-    if array.size != 1 or array.dtype.kind not in "iu":
-        raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted one integer")
-    return int(array.reshape(()))
-
-
-def _json_label(data, where):
-    try:
-        content = json.loads(bytes(data))
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error})") from error
-    for key in ("label", "cls"):
-        if isinstance(content, dict) and isinstance(content.get(key), int):
-            return content[key]
-    raise UserError(f"{where}: no whole number under label or cls")
-
-
-def _tar_members(file):
-    """[(name, offset of the data, size)] of the regular files in a tar; long names in pax or GNU form are understood.
-
-    Raises ValueError if the tar is damaged or cut short. `tarfile` would take minutes for millions of members.
-    Source: POSIX.1-2001 pax interchange format.
-    """
-    size = os.path.getsize(file)
-    if not size:
-        raise UserError(f"{file} is empty; fetch it again")
-    members, position, extended = [], 0, {}
-    with open(file, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while True:
-            header = data[position:position + 512]
-            if header == bytes(512):  # the end mark
-                return members
-            name, length, kind = _tar_header(file, header, position, size)
-            begin, length = position + 512, int(extended.get("size", length))
-            position = begin + -(-length // 512) * 512
-            if position > size:
-                raise UserError(f"{file} is cut short inside {name}: {size} bytes, wanted at least {position}; fetch it again")
-            if kind == b"x":
-                extended = _pax_records(data[begin:begin + length])
-            elif kind == b"L":
-                extended = {"path": data[begin:begin + length].rstrip(b"\0").decode()}
-            else:
-                if kind in b"0\0":
-                    members.append((extended.get("path", name), begin, length))
-                extended = {}
-
-
-def _tar_header(file, header, position, size):
-    """Name, data bytes and type of the member whose header block this is."""
-    try:
-        if sum(header) - sum(header[148:156]) + 8 * 32 != int(header[148:156].strip(b" \0"), 8):
-            raise UserError("wrong checksum")
-        name, prefix = (field.split(b"\0", 1)[0].decode() for field in (header[:100], header[345:500]))
-        length = header[124:136]
-        length = int.from_bytes(length[1:], "big") if length[0] == 0x80 else int(length.strip(b" \0") or b"0", 8)
-    except (ValueError, IndexError) as error:
-        raise UserError(f"{file} is cut short or not an uncompressed tar: no header or end mark at byte {position} of {size} "
-                        f"({error}); fetch it again") from error
-    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name, length, header[156:157]
-
-
-def _pax_records(data):
-    """{keyword: value} of lines `LENGTH KEYWORD=VALUE\\n`, where LENGTH counts the whole line."""
-    records = {}
-    while data:
-        length = int(data[:data.index(b" ")])
-        keyword, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
-        records[keyword.decode()] = value.decode()
-        data = data[length:]
-    return records
-
-
-def _without_batch(array):
-    return array[0] if array.ndim == 4 and array.shape[0] == 1 else array
-
-
-def _npy_array(data, where):
-    """The array in the bytes of a .npy file. Raises ValueError if they are cut short or hold Python objects."""
-    try:
-        stream = io.BytesIO(data)
-        return np.lib.format.read_array(stream, allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError) as error:
-        raise UserError(f"{where}: {len(data)} bytes are not a whole .npy array of numbers ({error})") from error
-
-
-def _npz_array(file, key):
-    import zipfile
-    import zlib
-    try:
-        with np.load(file, allow_pickle=False) as members:
-            if key not in members:
-                raise KeyError(f"no {key}; found {', '.join(members.files)}")
-            return members[key]
-    except (ValueError, EOFError, KeyError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"{file}: {key} cannot be read ({error})") from error
-
-
-def _raw_moments(data, where):
-    """Raw [8, H, H] numbers: the byte count fits a square of only one of float32 and float16."""
-    for dtype in (np.float32, np.float16):
-        values, rest = divmod(len(data), np.dtype(dtype).itemsize * MOMENTS_CHANNELS)
-        if not rest and values and isqrt(values) ** 2 == values:
-            return np.frombuffer(data, dtype).reshape(MOMENTS_CHANNELS, isqrt(values), isqrt(values))
-    raise UserError(f"{where}: {len(data)} bytes are neither float32 nor float16 moments [8, H, H]")
-
-
-SAFETENSORS_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I64": np.int64, "I32": np.int32}
-
-
-def _safetensors_header(file):
-    """{tensor: {dtype, shape, data_offsets from the file's start}}. Raises ValueError if damaged or cut short."""
-    size = os.path.getsize(file)
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise UserError(f"{file} is cut short or not safetensors: header of {length} bytes in a file of {size}")
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise UserError(f"{file}: its header is not JSON ({error}); fetch it again") from error
-    header.pop("__metadata__", None)
-    for key, entry in header.items():
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        entry["data_offsets"] = start, end
-        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
-        if dtype is None:
-            raise UserError(f"{file}: {key} is {entry['dtype']}, wanted one of {', '.join(SAFETENSORS_DTYPES)}")
-        if end > size or end - start != np.dtype(dtype).itemsize * int(np.prod(entry["shape"], dtype=object)):
-            raise UserError(f"{file} is cut short or damaged: {key} {entry['shape']} {entry['dtype']} lies at bytes "
-                            f"{start}..{end} of {size}; fetch it again")
-    return header
-
-
-def _safetensors_map(file, header, key):
-    entry = header[key]
-    return np.memmap(file, SAFETENSORS_DTYPES[entry["dtype"]], "r", entry["data_offsets"][0], tuple(entry["shape"]))

@@ -1,4 +1,4 @@
-"""Sets of random moments for the tests of latent_store, latent_formats and convert_latents."""
+"""Sets of random moments for the tests of dataset.store, dataset.formats and dataset.convert."""
 
 import numpy as np
 
@@ -16,7 +16,8 @@ def random_moments(dtype=np.float32, shape=SHAPE):
 
 def make_plan(**changes):
     return Plan(**{"num_images": NUM_IMAGES, "sample_shape": SHAPE, "dtype": "float32", "mirrored": True, "num_classes": NUM_CLASSES,
-                   "class_names": ("ant", "bee", "cat"), "scale": 0.25, "shift": 0.5, "vae": "some/vae", "shard_size": 4, **changes})
+                   "class_names": ("ant", "bee", "cat"), "scale": 0.25, "shift": 0.5, "vae": "some/vae", "shard_size": 4,
+                   "vae_digest": "0123456789abcdef", **changes})
 
 
 def write_shards(writer, shards=None):

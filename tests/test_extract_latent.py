@@ -13,8 +13,11 @@ from PIL import Image
 import extract_latent
 from latent_helpers import tree
 from utils import cli
+from models import load_autoencoder
+from dataset.formats import open_latents
 from dataset.images import open_images
 from dataset.store import StoredLatents
+from utils.cli import UserError
 
 ROOT = Path(extract_latent.__file__).parent
 NUM_IMAGES, SIZE = 10, 8
@@ -70,11 +73,12 @@ CLOSE = dict(rtol=0, atol=2e-5)
 
 def test_moments_are_the_vaes_of_the_cropped_images(extract, images, vae, tmp_path):
     extract(images, tmp_path / "set", "--store", "fp32", "--xflip")
-    source, latents = open_images(images, SIZE), StoredLatents(tmp_path / "set", xflip=True)
+    source, latents = open_images(images, SIZE), open_latents(tmp_path / "set", xflip=True)
     moments, labels = latents.read(range(2 * NUM_IMAGES))
     pixels, wanted_labels = source.read(range(NUM_IMAGES))
     assert (len(latents), latents.sample_shape, latents.class_names) == (20, (8, 4, 4), ["a", "b", "c"])
-    assert (latents.scale, latents.shift, latents.vae) == (0.18215, 0.0, "tiny")
+    assert (latents.scale, latents.shift, latents.vae, latents.says_scale) == (0.18215, 0.0, "tiny", True)
+    assert latents.description == {"scale": 0.18215, "shift": 0.0, "vae": load_autoencoder(vae).digest}
     np.testing.assert_array_equal(labels, np.tile(wanted_labels, 2))
     np.testing.assert_allclose(moments[:NUM_IMAGES], [encode_slowly(vae, image) for image in pixels], **CLOSE)
     np.testing.assert_allclose(moments[NUM_IMAGES:], [encode_slowly(vae, image[:, :, ::-1].copy()) for image in pixels], **CLOSE)
@@ -129,8 +133,12 @@ def test_repeating_a_finished_extraction_changes_nothing(extract, images, tmp_pa
 
 @pytest.mark.parametrize("args, message", [
     (["--resolution", 9], "--resolution 9 must be a multiple of 2"),
-    (["--num_images", 11], "--first 0 --num_images 11: .* has images 0..9"),
-    (["--first", 10], "--first 10 --num_images 0"),
+    (["--num_images", 11], "--num_images 11: from --first 0 on, .*images has 10 images"),
+    (["--first", 3, "--num_images", 8], "--num_images 8: from --first 3 on, .*images has 7 images"),
+    (["--num_images", 0], "--num_images 0: "),
+    (["--first", 500], "--first 500: .*images has 10 images, numbered 0 to 9"),
+    (["--first", -1], "--first -1: "),
+    (["--num_workers", -1], "--num_workers -1 must be at least 1"),
     (["--batch", 0], "--batch 0 must be at least 1"),
     (["--shard_size", 0], "shard_size=0"),
     (["--vae", "nowhere/at/all"], "no autoencoder at nowhere/at/all"),
@@ -155,6 +163,28 @@ def test_changed_images_do_not_mix_with_what_is_there(extract, images, tmp_path)
     extract(images, tmp_path / "set")
     (images / "a" / "0.png").rename(images / "b" / "0.png")
     with pytest.raises(ValueError, match="was made with images_sha256="):
+        extract(images, tmp_path / "set")
+
+
+@pytest.mark.parametrize("dest, message", [
+    ("images/a/0.png", "the destination .*0.png is a file; give a folder"),
+    ("images/a/0.png/set", "set cannot be written .Not a directory"),
+    ("x" * 300, "cannot be written .File name too long"),
+    ("/proc/set", "/proc/set cannot be written"),
+    ("images", "images is not empty .a. and no set of latents"),
+])
+def test_a_destination_that_cannot_be_is_told(extract, images, tmp_path, dest, message):
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=message):
+        extract(images, tmp_path / dest)
+    assert tree(tmp_path) == before
+
+
+def test_a_full_disk_is_told(extract, images, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr("utils.files.os.replace", full)
+    with pytest.raises(UserError, match="plan.json cannot be written .No space left on device"):
         extract(images, tmp_path / "set")
 
 
@@ -192,7 +222,7 @@ def test_replaced_images_complete_the_set(extract, images, tmp_path):
 
 def test_skip_bad_leaves_out_only_the_bad(extract, images, two_bad, tmp_path):
     extract(images, tmp_path / "set", "--skip_bad", "--xflip", "--store", "fp32")
-    latents = StoredLatents(tmp_path / "set", xflip=True)
+    latents = open_latents(tmp_path / "set", xflip=True)
     good = [0, 2, 3, 4, 5, 6, 7, 8]
     source = open_images(images, SIZE, xflip=True)
     assert latents.manifest["skipped"] == list(two_bad) and len(latents) == 16

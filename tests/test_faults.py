@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -100,7 +101,7 @@ def _lmdb(folder, moments):
 def _tar(folder, moments):
     with tarfile.open(folder / "shard.tar", "w") as archive:
         for i, sample in enumerate(moments):
-            for kind, content in (("moments", sample.tobytes()), ("cls", b"1")):
+            for kind, content in (("latent", pickle.dumps(sample)), ("cls", b"1")):
                 member = tarfile.TarInfo(f"{i:04d}.{kind}")
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))

@@ -12,8 +12,9 @@ import pytest
 
 from latent_helpers import NUM_CLASSES, NUM_IMAGES, SHAPE, random_moments, tree, write_set
 from dataset import convert as convert_latents
-from dataset.formats import open_latents
+from dataset.formats import find_latents, open_latents
 from dataset.store import LatentWriter, StoredLatents
+from utils.cli import UserError
 
 MOMENTS, MIRRORED, LABELS = random_moments()
 LATENT_SHAPE = (4, 3, 3)
@@ -50,13 +51,13 @@ def write_tar(path, members, **options):
 
 
 def write_webdataset(path, style="npy", mirrored=True):
-    """11 samples in shards of 4, members as `style` says."""
-    encode = {"npy": ("latent.npy", npy), "raw": ("moments", np.ndarray.tobytes), "json": ("npy", npy)}[style]
+    """11 samples in shards of 4, members as `style` says; `pickle` is what the published converter writes."""
+    encode = {"npy": ("latent.npy", npy), "pickle": ("latent", pickle.dumps), "json": ("npy", npy)}[style]
     path.mkdir()
     for shard, start in enumerate(range(0, NUM_IMAGES, 4)):
         members = []
         for i in range(start, min(start + 4, NUM_IMAGES)):
-            label = {"npy": ("cls", b"%d"), "raw": ("cls.txt", b"%d\n"), "json": ("json", b'{"label": %d}')}[style]
+            label = {"npy": ("cls", b"%d"), "pickle": ("cls", b"%d"), "json": ("json", b'{"label": %d}')}[style]
             members.append((f"part/{i:06d}.{encode[0]}", encode[1](MOMENTS[i])))
             members.append((f"part/{i:06d}.{label[0]}", label[1] % LABELS[i]))
             if mirrored:
@@ -104,7 +105,7 @@ SETS = {
     "lmdb below train": (lambda path: write_lmdb(path / "train").parent, None, True),
     "lmdb without mirrored": (lambda path: write_lmdb(path, mirrored=False), None, False),
     "webdataset npy": (write_webdataset, None, True),
-    "webdataset raw": (lambda path: write_webdataset(path, "raw", mirrored=False), None, False),
+    "webdataset pickle": (lambda path: write_webdataset(path, "pickle", mirrored=False), None, False),
     "webdataset json": (lambda path: write_webdataset(path, "json"), None, True),
     "safetensors": (write_safetensors, None, True),
     "safetensors without mirrored": (lambda path: write_safetensors(path, flip=None), None, False),
@@ -125,8 +126,8 @@ def written(request, tmp_path):
 
 def test_samples_equal_what_was_written(written):
     path, moments, labels, mirrored = written
-    latents = open_latents(path, xflip=True)
-    assert latents.mirrored == mirrored and latents.sample_shape == SHAPE and latents.dtype == np.float32
+    latents = open_latents(path, xflip=mirrored)
+    assert latents.holds_mirrored == mirrored and latents.sample_shape == SHAPE and latents.dtype == np.float32
     assert len(latents) == len(moments)
     order = np.random.default_rng(1).permutation(len(moments))
     found, found_labels = latents.read(order)
@@ -148,8 +149,8 @@ def test_scale_is_stable_diffusions_unless_the_format_says_otherwise(written):
 
 
 def test_set_survives_pickling_and_threads(written):
-    path, moments, _, _ = written
-    latents = open_latents(path, xflip=True)
+    path, moments, _, mirrored = written
+    latents = open_latents(path, xflip=mirrored)
     latents.read([0])
     latents = pickle.loads(pickle.dumps(latents))
     with ThreadPoolExecutor(4) as pool:
@@ -211,6 +212,65 @@ def test_scaled_latents_of_fast_dit_are_not_scaled_again(tmp_path):
     assert open_latents(write_features(tmp_path / "b", MOMENTS)).scale == 0.18215
 
 
+# ---- scale and shift
+
+def write_statistics(path, mean, std):
+    import torch
+    torch.save({"mean": torch.tensor(mean).reshape(1, -1, 1, 1), "std": torch.tensor(std).reshape(1, -1, 1, 1)}, path / "latents_stats.pt")
+
+
+def test_lightningdits_statistics_give_latents_of_mean_0_and_std_half(tmp_path):
+    """sigma_data = 0.5 supposes latents of standard deviation 0.5; the file says the stored ones' mean and deviation by channel."""
+    from models import sample_moments
+    import torch
+
+    mean, std = LATENTS.mean((0, 2, 3)), LATENTS.std((0, 2, 3))
+    path = write_safetensors(tmp_path / "set", LATENTS * 3 + 1, None)
+    write_statistics(path, mean * 3 + 1, std * 3)
+    latents = open_latents(path)
+    drawn = sample_moments(torch.from_numpy(latents.read(range(NUM_IMAGES))[0]), scale=latents.scale, shift=latents.shift)
+    np.testing.assert_allclose(drawn.mean((0, 2, 3)), 0, atol=1e-5)  # float32 sums of 99 values
+    np.testing.assert_allclose(drawn.std((0, 2, 3), correction=0), 0.5, rtol=1e-5)
+    np.testing.assert_allclose(drawn, (LATENTS - mean[:, None, None]) / std[:, None, None] * 0.5, atol=1e-5)
+    with pytest.raises(UserError, match="shift=0.0 is asked for .*says"):
+        open_latents(path, shift=0.0)
+
+
+@pytest.mark.parametrize("mean, std", [([0.0] * 4, [1.0, 1.0, 0.0, 1.0]), ([0.0] * 4, [1.0, np.nan, 1.0, 1.0]), ([0.0] * 3, [1.0] * 3),
+                                       ([np.inf] * 4, [1.0] * 4)])
+def test_impossible_statistics_are_told(tmp_path, mean, std):
+    path = write_safetensors(tmp_path / "set", LATENTS, None)
+    write_statistics(path, mean, std)
+    with pytest.raises(UserError, match="latents_stats.pt: (scale|shift)=.*wanted a (positive|finite) number, or 4 of them"):
+        open_latents(path)
+
+
+def test_damaged_or_hostile_statistics_are_told(tmp_path):
+    import torch
+    path = write_safetensors(tmp_path / "set", LATENTS, None)
+    file = path / "latents_stats.pt"
+    torch.save({"mean": torch.zeros(4)}, file)
+    whole = file.read_bytes()
+    for content in (whole, whole[:100], b"", pickle.dumps(print)):
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="latents_stats.pt is damaged or holds no mean and std") as caught:
+            open_latents(path)
+        assert "weights_only" not in str(caught.value)
+
+
+def test_a_set_that_does_not_say_its_scale_takes_the_users(written):
+    if isinstance(find_latents(written[0]), StoredLatents):
+        pytest.skip("says its scale")
+    latents = open_latents(written[0], scale=0.5, shift=[1, 2, 3, 4])
+    assert latents.description == {"scale": 0.5, "shift": [1.0, 2.0, 3.0, 4.0], "vae": ""}
+
+
+@pytest.mark.parametrize("wish", [{"scale": 0}, {"scale": -1.0}, {"scale": float("nan")}, {"shift": float("inf")}, {"scale": [1, 2]}, {"scale": "x"}])
+def test_impossible_scales_are_told(tmp_path, wish):
+    with pytest.raises(UserError, match="wanted a (positive|finite) number, or 4 of them"):
+        open_latents(write_features(tmp_path / "set"), **wish)
+
+
 def test_wider_moments_of_mar_are_moments(tmp_path):
     wide = np.random.default_rng(3).standard_normal((32, 3, 3), np.float32)
     for name in ("a", "b"):
@@ -237,15 +297,6 @@ def test_half_precision_and_bfloat16_are_read_exactly(tmp_path):
     np.testing.assert_array_equal(brain.read(range(NUM_IMAGES))[0], brains.float().numpy())
 
 
-def test_raw_half_precision_members_are_told_by_their_size(tmp_path):
-    half = MOMENTS[0].astype(np.float16)
-    write_tar(tmp_path / "0.tar", [("a.latent", half.tobytes()), ("a.cls", b"7")])
-    latents = open_latents(tmp_path / "0.tar")
-    moments, labels = latents.read([0])
-    assert moments.dtype == np.float16 and labels[0] == 7
-    np.testing.assert_array_equal(moments[0], half)
-
-
 @pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_long_member_names_do_not_disturb_their_neighbours(tmp_path, tar_format):
     long = "deep/" + "x" * (90 if tar_format == tarfile.USTAR_FORMAT else 180)
@@ -262,7 +313,8 @@ def test_long_member_names_do_not_disturb_their_neighbours(tmp_path, tar_format)
 def damaged(path, message):
     """Opening, or else reading everything, fails with this message."""
     with pytest.raises(ValueError, match=message):
-        latents = open_latents(path, xflip=True)
+        latents = find_latents(path)
+        latents.mirrored = latents.holds_mirrored
         latents.read(range(len(latents)))
 
 
@@ -301,10 +353,10 @@ def test_tar_faults_name_file_and_member(tmp_path):
     damaged(path, "train-0001.tar is cut short")
     for name, members, message in (
             ("b", [("a.cls", b"1")], "0.tar: sample a has no moments: it has cls"),
-            ("c", [("a.pyd", pickle.dumps(MOMENTS[0])), ("a.cls", b"1")], "no moments: it has cls, pyd.*pickles are not read"),
+            ("c", [("a.pyd", pickle.dumps(MOMENTS[0])), ("a.cls", b"1")], "no moments: it has cls, pyd, wanted one of moments.npy"),
             ("d", [("a.npy", npy(MOMENTS[0]))], "sample a has no label"),
             ("e", [("a.npy", npy(MOMENTS[0])[:-1]), ("a.cls", b"1")], "0.tar: a.npy: 415 bytes are not a whole .npy array"),
-            ("f", [("a.latent", b"123"), ("a.cls", b"1")], "a.latent: 3 bytes are neither"),
+            ("f", [("a.latent", MOMENTS[0].tobytes()), ("a.cls", b"1")], "a.latent: 288 bytes are neither a .npy file nor a pickled numpy"),
             ("g", [("a.npy", npy(MOMENTS[0])), ("a.cls", b"cat")], "a.cls is b'cat'"),
             ("h", [("a.npy", npy(MOMENTS[0])), ("a.json", b'{"name": 3}')], "a.json: no whole number under label"),
             ("i", [("a.npy", npy(MOMENTS[0][:, :2])), ("a.cls", b"1")], r"shape \(8, 2, 3\), wanted float16 or float32 \(channels, size, size\)"),
@@ -316,7 +368,7 @@ def test_tar_faults_name_file_and_member(tmp_path):
             open_latents(tmp_path / name).read([0])
 
 
-@pytest.mark.parametrize("content, message", [(b"", "is empty"), (b"\x1f\x8b" + b"z" * 1000, "not an uncompressed tar")])
+@pytest.mark.parametrize("content, message", [(b"", "empty file"), (b"\x1f\x8b" + b"z" * 1000, "not an uncompressed tar")])
 def test_other_files_named_tar_are_told(tmp_path, content, message):
     (tmp_path / "0.tar").write_bytes(content)
     damaged(tmp_path, message)
@@ -346,18 +398,18 @@ def test_safetensors_faults_name_file_and_tensor(tmp_path):
     from safetensors.numpy import save_file
     path = write_safetensors(tmp_path / "a")
     cut(path / "latents_rank00_shard001.safetensors")
-    damaged(path, r"shard001.safetensors is cut short or damaged: \w+ .* lies at bytes \d+..\d+ of \d+")
+    damaged(path, "shard001.safetensors is cut short or not safetensors")
     for name, tensors, message in (
             ("b", {"latents": MOMENTS}, "no tensor labels; found latents"),
-            ("c", {"latents": MOMENTS, "labels": LABELS[:5]}, r"latents of shape \[11, 8, 3, 3\], wanted \[5, 8, 3, 3\]"),
+            ("c", {"latents": MOMENTS, "labels": LABELS[:5]}, r"latents of shape \[11, 8, 3, 3\] for labels of shape \[5\]"),
             ("d", {"latents": MOMENTS.astype(np.float64), "labels": LABELS}, "latents is F64, wanted one of F32")):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "0.safetensors")
         damaged(tmp_path / name, f"0.safetensors: {message}")
     (tmp_path / "e").mkdir()
-    for content, message in ((b"\xff" * 100, "not safetensors: header of"), (b"\x04" + bytes(7) + b"{{{{", "not JSON")):
+    for content in (b"\xff" * 100, b"\x04" + bytes(7) + b"{{{{", b""):
         (tmp_path / "e" / "0.safetensors").write_bytes(content)
-        damaged(tmp_path / "e", message)
+        damaged(tmp_path / "e", "0.safetensors is cut short or not safetensors")
 
 
 def test_feature_folder_faults_name_the_file(tmp_path):
@@ -374,9 +426,9 @@ def test_class_folder_faults_name_file_and_key(tmp_path):
     path = write_class_folders(tmp_path / "a")
     file = path / "n0" / "img_004.JPEG.npz"
     np.savez(file, moments=MOMENTS[4])
-    damaged(path, "img_004.JPEG.npz: moments_flip cannot be read .*found moments")
+    damaged(path, "img_004.JPEG.npz: no array moments_flip; found moments")
     cut(file, by=100)
-    damaged(path, "img_004.JPEG.npz: moments cannot be read")
+    damaged(path, "img_004.JPEG.npz: not a readable .npz")
 
 
 def test_nothing_known_at_the_path_says_what_is_wanted(tmp_path):
@@ -415,9 +467,9 @@ def convert(monkeypatch):
 def test_any_format_converts_to_the_same_samples(written, tmp_path, convert, store, dtype):
     path, moments, labels, mirrored = written
     convert(path, tmp_path / "own", "--shard_size", 4, "--store", store)
-    latents = StoredLatents(tmp_path / "own", xflip=True)
+    latents = open_latents(tmp_path / "own", xflip=mirrored)
     found, found_labels = latents.read(range(len(latents)))
-    assert latents.num_classes == NUM_CLASSES and latents.mirrored == mirrored
+    assert latents.num_classes == NUM_CLASSES and latents.holds_mirrored == mirrored
     np.testing.assert_array_equal(found, moments.astype(dtype))
     np.testing.assert_array_equal(found_labels, labels)
     assert (latents.scale, latents.shift) == (open_latents(path).scale, open_latents(path).shift)
@@ -452,3 +504,32 @@ def test_conversion_takes_scale_and_reports_a_wrong_number_of_classes(tmp_path, 
     convert(path, tmp_path / "other", "--num_classes", 5, "--scale", 0.3, "--shift", 0.1, "--vae", "mine")
     latents = StoredLatents(tmp_path / "other")
     assert (latents.num_classes, latents.scale, latents.shift, latents.vae) == (5, 0.3, 0.1, "mine")
+    with pytest.raises(UserError, match="scale=0.3 is asked for .* but .*other says 0.3|scale=0.4 is asked for"):
+        convert(tmp_path / "other", tmp_path / "third", "--scale", 0.4)
+    assert not (tmp_path / "third").exists()
+
+
+def test_statistics_and_digest_survive_conversion(tmp_path, convert):
+    path = write_safetensors(tmp_path / "set", LATENTS, None)
+    write_statistics(path, [0.0, 1.0, 2.0, 3.0], [1.0, 2.0, 4.0, 5.0])
+    convert(path, tmp_path / "own")
+    assert StoredLatents(tmp_path / "own").description == {"scale": [0.5, 0.25, 0.125, 0.1], "shift": [0.0, 1.0, 2.0, 3.0], "vae": ""}
+    convert(write_set(tmp_path / "first"), tmp_path / "second", "--store", "fp16")
+    assert StoredLatents(tmp_path / "second").vae_digest == "0123456789abcdef"
+
+
+@pytest.mark.parametrize("dest, message", [("lmdb/data.mdb", "is a file; give a folder"), ("x" * 300, "File name too long"),
+                                           ("/proc/set", "/proc/set cannot be written"), ("lmdb", "is not empty .data.mdb")])
+def test_a_destination_that_cannot_be_is_told(tmp_path, convert, dest, message):
+    path = write_lmdb(tmp_path / "lmdb")
+    before = tree(tmp_path)
+    with pytest.raises(UserError, match=message):
+        convert(path, tmp_path / dest)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("options", [("--shard_size", 0), ("--num_classes", 1), ("--scale", 0), ("--shift", "nan")])
+def test_refused_options_leave_no_folder(tmp_path, convert, options):
+    with pytest.raises(UserError):
+        convert(write_lmdb(tmp_path / "lmdb"), tmp_path / "own", *options)
+    assert not (tmp_path / "own").exists()

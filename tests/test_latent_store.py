@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from latent_helpers import NUM_IMAGES, SHAPE, make_plan, random_moments, tree, write_set, write_shards
+from dataset.formats import open_latents
 from dataset.store import LatentWriter, StoredLatents
+from utils.cli import UserError
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("shard_size", [1, 4, 11, 100])
 def test_samples_come_back_bit_for_bit(tmp_path, dtype, shard_size):
     moments, mirrored, labels = random_moments(dtype)
-    latents = StoredLatents(write_set(tmp_path / "set", dtype=dtype, shard_size=shard_size), xflip=True)
+    latents = open_latents(write_set(tmp_path / "set", dtype=dtype, shard_size=shard_size), xflip=True)
     order = np.random.default_rng(1).permutation(2 * NUM_IMAGES)
     found, found_labels = latents.read(order)
     assert found.dtype == dtype and found_labels.dtype == np.int64
@@ -27,11 +29,90 @@ def test_attributes_tell_what_was_written(tmp_path):
     latents = StoredLatents(write_set(tmp_path / "set"))
     assert (len(latents), latents.sample_shape, latents.num_classes, latents.class_names, latents.scale, latents.shift,
             latents.vae, latents.mirrored) == (NUM_IMAGES, SHAPE, 3, ["ant", "bee", "cat"], 0.25, 0.5, "some/vae", False)
+    assert latents.description == {"scale": 0.25, "shift": 0.5, "vae": "0123456789abcdef"}
 
 
-def test_mirrored_copies_count_only_when_stored_and_asked_for(tmp_path):
-    both, plain = write_set(tmp_path / "both"), write_set(tmp_path / "plain", mirrored=False)
-    assert [len(StoredLatents(path, xflip)) for path in (both, plain) for xflip in (False, True)] == [11, 22, 11, 11]
+def test_scale_and_shift_may_be_one_per_channel(tmp_path):
+    scale, shift = [0.1, 0.2, 0.3, 0.4], [-1.0, 0.0, 1.0, 2.0]
+    latents = open_latents(write_set(tmp_path / "set", scale=scale, shift=shift), scale=scale)
+    assert (latents.scale, latents.shift) == (scale, shift)
+
+
+@pytest.mark.parametrize("wish, message", [
+    ({"scale": 0.3}, "scale=0.3 is asked for .data.scale, or --scale of dataset.convert., but .*set says 0.25; leave it out"),
+    ({"shift": 0.0}, "shift=0.0 is asked for .* says 0.5"),
+    ({"scale": [0.25, 0.25, 0.25, 0.3]}, "says 0.25"),
+])
+def test_another_scale_than_the_sets_own_is_refused(tmp_path, wish, message):
+    path = write_set(tmp_path / "set")
+    with pytest.raises(UserError, match=message):
+        open_latents(path, **wish)
+    assert open_latents(path, scale=0.25, shift=0.5).scale == 0.25
+
+
+def edit_manifest(path, change):
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_set_of_an_older_version_has_no_digest_and_is_read(tmp_path):
+    path = write_set(tmp_path / "set")
+    edit_manifest(path, lambda manifest: manifest.pop("vae_digest"))
+    assert StoredLatents(path).vae_digest == ""
+
+
+@pytest.mark.parametrize("key, value", [
+    ("num_images", 10 ** 9), ("num_images", "11"), ("num_images", 11.0), ("num_images", True), ("scale", "x"), ("scale", float("nan")),
+    ("scale", 0), ("scale", -1.0), ("scale", [0.1, 0.2]), ("scale", None), ("shift", float("inf")), ("shift", []), ("num_classes", -1),
+    ("num_classes", None), ("num_classes", 4), ("class_names", ["ant"]), ("class_names", 3), ("sample_shape", [8, 3]), ("sample_shape", [7, 3, 3]),
+    ("sample_shape", [8, 3, -3]), ("sample_shape", [8, 3, 10 ** 9]), ("sample_shape", 5), ("dtype", "float64"), ("dtype", 4),
+    ("mirrored", "yes"), ("mirrored", False), ("shards", []), ("shards", 3), ("shards", [{}] * 3), ("shards", None),
+])
+def test_impossible_values_in_a_manifest_are_told(tmp_path, key, value):
+    path = write_set(tmp_path / "set")
+    edit_manifest(path, lambda manifest: manifest.update({key: value}))
+    with pytest.raises(UserError, match="manifest.json.*; restore (it|the file) or make the set again"):
+        StoredLatents(path)
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda shard: shard.update(count=10 ** 9 - 7), "num_images=11, wanted the sum"),
+    (lambda shard: shard["files"].pop("labels-00001.npy"), "shard 1 "),
+    (lambda shard: shard["files"].update({"../other": {"bytes": 3, "sha256": ""}}), "shard 1 "),
+    (lambda shard: shard["files"]["moments-00001.npy"].update(bytes=10 ** 12), "shard 1 "),
+    (lambda shard: shard["files"]["moments-00001.npy"].pop("bytes"), "is damaged .KeyError"),
+])
+def test_shards_that_do_not_fit_their_files_are_told(tmp_path, change, message):
+    path = write_set(tmp_path / "set")
+    edit_manifest(path, lambda manifest: change(manifest["shards"][1]))
+    with pytest.raises(UserError, match=f"manifest.json.*{message}"):
+        StoredLatents(path)
+
+
+def test_counts_that_are_wrong_together_never_cost_memory(tmp_path):
+    """num_images and a shard's count are both 10^9 too high: the files are too small for that."""
+    path = write_set(tmp_path / "set")
+
+    def change(manifest):
+        manifest["num_images"] += 10 ** 9
+        manifest["shards"][0]["count"] += 10 ** 9
+    edit_manifest(path, change)
+    with pytest.raises(UserError, match="shard 0 counts 1000000004 samples, which its files .* do not fit"):
+        StoredLatents(path)
+
+
+def test_mirrored_copies_count_only_when_asked_for(tmp_path, capsys):
+    path = write_set(tmp_path / "set")
+    assert len(open_latents(path, xflip=True)) == 22 and capsys.readouterr().out == ""
+    assert len(open_latents(path)) == 11
+    assert capsys.readouterr().out == f"{path} also holds the mirrored copies of its images; data.xflip=true trains on them too\n"
+
+
+def test_mirrored_copies_that_are_not_there_are_refused(tmp_path):
+    path = write_set(tmp_path / "set", mirrored=False)
+    with pytest.raises(UserError, match="data.xflip=true, but .*set holds no mirrored copies; extract it again with --xflip, or set"):
+        open_latents(path, xflip=True)
 
 
 def test_no_batch_and_no_image_twice_are_fine(tmp_path):
@@ -138,7 +219,7 @@ def test_skipped_images_shorten_their_shard_only(tmp_path):
     writer.write(1, none, labels[:0], none, skipped=["4.jpg", "5.jpg", "6.jpg", "7.jpg"])
     write_shards(writer)
     manifest = writer.finish()
-    latents = StoredLatents(tmp_path / "set", xflip=True)
+    latents = open_latents(tmp_path / "set", xflip=True)
     kept = [0, 3, 8, 9, 10]
     assert len(manifest["skipped"]) == 6 and len(latents) == 2 * len(kept)
     np.testing.assert_array_equal(latents.read(range(len(latents)))[0], np.concatenate([moments[kept], mirrored[kept]]))
@@ -172,9 +253,9 @@ def test_wrong_shards_are_refused_and_write_nothing(tmp_path, damage, message):
 
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"num_images": 0}, {"shard_size": 0}, {"num_classes": 4}])
-def test_impossible_plans_are_refused(tmp_path, change):
+def test_impossible_plans_are_refused(change):
     with pytest.raises(ValueError, match="dtype|num_images|shard_size|class names"):
-        LatentWriter(tmp_path / "set", make_plan(**change))
+        make_plan(**change)
 
 
 @pytest.mark.parametrize("name", ["moments-00001.npy", "mirrored-00002.npy", "labels-00000.npy"])
