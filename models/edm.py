@@ -123,7 +123,9 @@ class EDMLoss:
             return {"denoising": weight * error.mean(dim=1), "mae": torch.zeros_like(weight)}
         target = normalize_patches(patchify(noised, self.patch_size))
         mae = (patchify(denoised, self.patch_size) - target).square().mean(dim=2)  # (B, L)
-        return {"denoising": weight * _masked_mean(error, 1 - mask.mask), "mae": _masked_mean(mae, mask.mask)}
+        kept, removed = 1 - mask.mask, mask.mask
+        num_removed = max(1, error.shape[1] - mask.num_keep)  # a mask that removes nothing has an error of 0 there
+        return {"denoising": weight * (error * kept).sum(dim=1) / mask.num_keep, "mae": (mae * removed).sum(dim=1) / num_removed}
 
     def draw(self, latents, mask_ratio=0.0, generator=None):
         """Draw sigma, noise and mask, in that order, from one generator on the device of the latents: LossDraws."""
@@ -143,11 +145,6 @@ def normalize_patches(patches):
         raise UserError("a patch of one value has no variance to predict: use a larger patch size, or train.mask_ratio=0")
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (variance + 1e-6).sqrt()
-
-
-def _masked_mean(values, chosen):
-    """Mean of values (B, L) where chosen (B, L) is 1; 0 where none is."""
-    return (values * chosen).sum(dim=1) / chosen.sum(dim=1).clamp(min=1)
 
 
 def drop_labels(class_labels, num_classes, prob, generator=None):

@@ -104,26 +104,30 @@ def test_churn_keeps_the_distribution():
     assert abs(torch.corrcoef(torch.stack([latents.flatten(), unchurned.flatten()]))[0, 1]) < 0.5
 
 
+def euler_inputs(**options):
+    """(sigma, x) that the network is given in three Euler steps from 4, 1 and 0.25, with latent noise 0.5 and churn noise 2."""
+    seen = []
+    ablation_sampler(lambda x, sigma, labels: seen.append((sigma.item(), x.item())) or x, torch.full((1, 1, 1, 1), 0.5), num_steps=3,
+                     solver="euler", discretization="ve", sigma_min=0.25, sigma_max=4.0,
+                     randn_like=lambda x: torch.full_like(x, 2.0), **options)
+    return seen
+
+
+@pytest.mark.parametrize("schedule, scaling", [("linear", "none"), ("ve", "none"), ("vp", "vp")])
 @pytest.mark.parametrize("S_churn, gamma", [(0.3, 0.1), (0.9, 0.3), (100.0, 2**0.5 - 1)])
-def test_churn_adds_noise_up_to_the_limit(S_churn, gamma):
-    """One Euler step from sigma 4, whose slope is that of sigma (1 + gamma), by hand: gamma = S_churn / num_steps, at most sqrt(2) - 1.
+def test_churn_raises_the_noise_level_up_to_the_limit(S_churn, gamma, schedule, scaling):
+    """In closed form: sigma grows by 1 + gamma, gamma = S_churn / num_steps but at most sqrt(2) - 1, by noise of the missing variance.
 
-    The three steps of the 3-step run start at 4, 1 and 0.25; only the first is in the range.
+    The network sees x / s(t), which does not depend on schedule and scaling. Only the first step lies in the range.
     """
-    def denoiser(x, sigma, class_labels):
-        levels.append(sigma.item())
-        return torch.zeros_like(x)  # the flow goes straight to 0: x changes as sigma does
+    seen = euler_inputs(S_churn=S_churn, S_min=2.0, S_noise=1.5, schedule=schedule, scaling=scaling)
+    added = math.sqrt((4 * (1 + gamma)) ** 2 - 4**2)
+    assert seen[0] == pytest.approx((4 * (1 + gamma), 4 * 0.5 + added * 1.5 * 2.0), rel=1e-5)
+    assert [sigma for sigma, _ in seen[1:]] == pytest.approx([1.0, 0.25], rel=1e-5)
 
-    levels, noise, eps = [], torch.full((1, 1, 1, 1), 0.5), 2.0
-    latents = ablation_sampler(denoiser, noise, num_steps=3, solver="euler", discretization="ve", sigma_min=0.25, sigma_max=4.0,
-                               S_churn=S_churn, S_min=2.0, S_noise=1.5, randn_like=lambda x: torch.full_like(x, eps))
-    assert levels == pytest.approx([4 * (1 + gamma), 1.0, 0.25])
-    assert latents.item() == pytest.approx(0.0, abs=1e-12)
-    after = []
-    ablation_sampler(lambda x, sigma, labels: after.append(x.item()) or x, noise, num_steps=3, solver="euler", discretization="ve",
-                     sigma_min=0.25, sigma_max=4.0, S_churn=S_churn, S_min=2.0, S_noise=1.5, randn_like=lambda x: torch.full_like(x, eps))
-    added = 4 * math.sqrt((1 + gamma) ** 2 - 1)
-    assert after[0] == pytest.approx(4 * 0.5 + added * 1.5 * eps, rel=1e-6)
+
+def test_both_ends_of_the_range_of_churn_belong_to_it():
+    assert [sigma for sigma, _ in euler_inputs(S_churn=0.3, S_min=1.0, S_max=4.0)] == pytest.approx([4.4, 1.1, 0.25])
 
 
 def test_churn_draws_once_per_step_and_only_when_asked():
