@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from models import EDMLoss, EDMPrecond, LossDraws, TokenMask, build_model, drop_labels, random_mask
+from models.edm import normalize_patches
+from utils.cli import UserError
 
 LOSS = EDMLoss(patch_size=2)
 
@@ -127,8 +129,15 @@ def test_the_weight_makes_every_noise_level_count_alike():
     torch.testing.assert_close(losses, torch.ones(5), rtol=0, atol=0.06)  # 12,288 values: standard error of the variance 0.013
 
 
+def test_nearly_flat_patches_are_normalised_by_hand():
+    """Values 0 and 0.002: mean 0.001, variance 2e-6, to which 1e-6 is added before the root."""
+    target = 0.001 / 3e-6**0.5
+    torch.testing.assert_close(normalize_patches(torch.tensor([[[0.0, 0.002], [5.0, 5.0]]])),
+                               torch.tensor([[[-target, target], [0.0, 0.0]]]), rtol=1e-4, atol=0)
+
+
 def test_patches_of_one_value_cannot_be_reconstructed():
-    with pytest.raises(ValueError, match="one value"):
+    with pytest.raises(UserError, match="one value"):
         EDMLoss(patch_size=1)(net, torch.zeros(2, 1, 4, 4), mask_ratio=0.5)
 
 

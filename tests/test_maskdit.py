@@ -10,6 +10,7 @@ from models.layers import attention, patchify, sincos_positions, unpatchify
 from utils.cli import UserError
 
 PARAMETER_COUNTS = {"S": 68_346_496, "B": 175_909_888, "L": 510_176_512, "XL": 730_541_440, "H": 1_010_002_432}
+NUM_HEADS = {"S": 6, "B": 12, "L": 16, "XL": 16, "H": 16}  # they change no parameter, only its meaning
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile makes CPU kernels with a C++ compiler, and there is none")
 TINY = dict(in_size=8, in_channels=3, num_classes=7, depth=2, width=24, num_heads=3, decoder_depth=2, decoder_width=16, decoder_num_heads=2)
 
@@ -39,6 +40,7 @@ def test_parameter_counts_are_the_published_ones(size):
     with torch.device("meta"):
         net = models.build_model(f"DiT-{size}/8", in_size=32, in_channels=4, num_classes=1000)
     assert sum(parameter.numel() for parameter in net.parameters()) == PARAMETER_COUNTS[size]
+    assert (net.model.blocks[0].attn.num_heads, net.model.decoder_blocks[0].attn.num_heads) == (NUM_HEADS[size], 16)
 
 
 def test_parameter_names_are_the_published_ones():
@@ -77,6 +79,8 @@ def test_initial_weights():
     for weight in (model.y_embedder.embedding_table.weight, model.t_embedder.mlp[2].weight, model.mask_token):
         assert weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert not model.blocks[0].attn.qkv.bias.any() and not model.decoder_layer.linear.weight.any()
+    for layer in (*model.blocks, *model.decoder_blocks, model.decoder_layer, model.final_layer):  # blocks start as the identity
+        assert not layer.adaLN_modulation[1].weight.any() and not layer.adaLN_modulation[1].bias.any()
 
 
 def test_positions_have_the_column_first_then_the_row():
@@ -165,6 +169,8 @@ def test_layers_cast_once_give_the_numbers_of_autocast(batch):
         expected = net(*batch)
         net.cast_layers(torch.bfloat16)
         assert torch.equal(net(*batch), expected)
+    kept = {name.split(".")[1] for name, parameter in net.named_parameters() if parameter.dtype == torch.float32}
+    assert kept == {"x_embedder", "t_embedder", "y_embedder", "pos_embed", "decoder_pos_embed", "mask_token"}
 
 
 @pytest.mark.parametrize("sharpness", [1, 30])
@@ -190,13 +196,17 @@ def test_bfloat16_attention_on_a_cpu_is_softmax_attention(backend, sharpness):
 @pytest.mark.parametrize("mask_ratio", [0.0, 0.5])
 def test_activation_checkpointing_changes_no_gradient(batch, mask_ratio):
     mask = models.random_mask(5, 16, mask_ratio)
-    grads = []
+    grads, calls = [], []
     for flag in (False, True):
         net = tiny_net(activation_checkpointing=flag)
+        calls.append([])
+        for block in (*net.model.blocks, *net.model.decoder_blocks):
+            block.norm1.register_forward_hook(lambda *_: calls[-1].append(1))
         net(*batch, mask).square().sum().backward()
         grads.append([parameter.grad for parameter in net.parameters() if parameter.requires_grad])
     for plain, recomputed in zip(*grads):
         assert torch.equal(plain, recomputed)
+    assert [len(called) for called in calls] == [4, 8]  # every block runs once more in the backward pass
 
 
 @pytest.mark.parametrize("mask_ratio", [None, 0.0, 0.5])

@@ -63,13 +63,23 @@ def test_one_heun_step_by_hand():
 def test_single_step_denoises_from_sigma_max():
     noise = torch.randn(2, 3, 4, 4)
     expected = gaussian_denoiser(80 * noise, 80.0)
-    torch.testing.assert_close(edm_sampler(gaussian_denoiser, noise, num_steps=1).float(), expected)
+    latents = edm_sampler(gaussian_denoiser, noise, num_steps=1)
+    torch.testing.assert_close(latents, expected.double(), rtol=0, atol=1e-11)  # float64 steps end at what the network said, exactly
 
 
 def test_noise_levels_run_from_max_to_min():
     sigmas = edm_sigmas(5, 0.002, 80.0, 7.0)
     assert sigmas[0] == pytest.approx(80.0) and sigmas[-1] == pytest.approx(0.002)
     assert sigmas[2] == pytest.approx(((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7)
+
+
+@pytest.mark.parametrize("discretization, first, last", [  # EDM, Table 1; vp with its beta_d = 19.1, beta_min = 0.1, epsilon_s = 1e-3
+    ("vp", (math.exp(19.1 / 2 + 0.1) - 1) ** 0.5, (math.exp(19.1e-6 / 2 + 1e-4) - 1) ** 0.5), ("ve", 100.0, 0.02), ("edm", 80.0, 0.002)])
+def test_default_ranges_are_those_of_the_original_methods(discretization, first, last):
+    sigmas = []
+    ablation_sampler(lambda x, sigma, labels: sigmas.append(sigma.item()) or x, torch.zeros(1, 1, 1, 1), num_steps=4, solver="euler",
+                     discretization=discretization)
+    assert (sigmas[0], sigmas[-1]) == (pytest.approx(first, rel=1e-5), pytest.approx(last, rel=1e-5))
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
