@@ -5,8 +5,8 @@
 
 import sys
 
-from utils.cli import UserError, run
 from training.run import launch_if_asked, parse_arguments, resolve_config, train
+from utils.cli import UserError, run
 
 
 def open_dataset(config):
@@ -16,7 +16,7 @@ def open_dataset(config):
 
 
 def make_encode(config, dataset, device):
-    """Images (B, 3, R, R) uint8 -> latents (B, C, H, W), through the frozen autoencoder in its own precision."""
+    """Images (B, 3, R, R) uint8 -> latents (B, C, H, W), through the frozen autoencoder; and the description of these latents."""
     import torch
 
     from models import load_autoencoder, sample_moments
@@ -34,7 +34,7 @@ def make_encode(config, dataset, device):
             moments = autoencoder.encode_moments(images.float() / 127.5 - 1)
         return sample_moments(moments, generator, autoencoder.scale, autoencoder.shift)
 
-    return encode
+    return encode, {"scale": autoencoder.scale, "shift": autoencoder.shift, "vae": autoencoder.digest}
 
 
 def main():

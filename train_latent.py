@@ -3,10 +3,11 @@
     python3 train_latent.py --config configs/train/maskdit-latent-imagenet.yaml --num_process_per_node 8
 """
 
+import functools
 import sys
 
-from utils.cli import UserError, run
 from training.run import launch_if_asked, parse_arguments, resolve_config, train
+from utils.cli import UserError, run
 
 
 def open_dataset(config):
@@ -23,10 +24,11 @@ def open_dataset(config):
 
 
 def make_encode(config, dataset, device):
-    """Stored moments (B, 2C, H, W) -> latents (B, C, H, W), drawn anew at every visit."""
+    """Stored moments (B, 2C, H, W) -> latents (B, C, H, W), drawn anew at every visit; and the description of these latents."""
     from models import sample_moments
 
-    return lambda moments, generator: sample_moments(moments, generator, dataset.scale, dataset.shift)
+    latents = {"scale": dataset.scale, "shift": dataset.shift, "vae": getattr(dataset, "vae_digest", "")}
+    return functools.partial(sample_moments, scale=dataset.scale, shift=dataset.shift), latents
 
 
 def main():

@@ -49,7 +49,7 @@ def count(config):
     kept_copies: of the weights in half precision, for any batch.
     """
     from benchmarks.work import count_weights, kept_bytes, model_flops
-    from training.schedules import mask_ratio
+    from training.optim import mask_ratio
 
     train = config.train
     flops = model_flops(config, sum(mask_ratio(train, (i + 0.5) / 100) for i in range(100)) / 100, training=True)

@@ -143,8 +143,7 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
         path = work / f"{trunk}-seed{seed}" / "checkpoints" / f"{planned['start_step']:07d}.pt"
         start_from(state, load_checkpoint(path), path, strict=True)
     if (folder / "metrics.jsonl").is_file():
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        snapshots = [line for line in lines if line["step"] <= state.step]
+        snapshots = [line for line in read_snapshots(folder) if line["step"] <= state.step]
     stopwatch = Stopwatch(clock, snapshots[-1]["train_s"] if snapshots else 0.0)
     sampler = Sampler(config, data, device)
 
@@ -156,14 +155,21 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
         stopwatch.go_on()
         return values
 
-    if state.step < state.end_step:
+    if not snapshots or snapshots[-1]["step"] < state.end_step:
         folder.mkdir(parents=True, exist_ok=True)
         stopwatch.go_on()
         code = fit(state, folder, data.dataset, data.encode, notice, evaluate=evaluate)
         if code:
             return code, [], None
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return 0, [json.loads(line) for line in lines], functools.partial(sampler.draw, state.ema.net)
+    return 0, read_snapshots(folder), functools.partial(sampler.draw, state.ema.net)
+
+
+def read_snapshots(folder):
+    """One dict for each step that was evaluated: the evaluation's numbers and those of training, which are a line before."""
+    by_step = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        by_step.setdefault(line["step"], {}).update(line)
+    return [values for values in by_step.values() if "train_s" in values]
 
 
 def record(setting, arm, seed, snapshots, draw, scores, path, device):

@@ -128,7 +128,7 @@ def _num_tokens(model):
 def flops_per_image(config, progress=0.0):
     """Training FLOPs of one image, forward and backward, at `progress` of the run's mask-ratio schedule; counted by torch."""
     from models.masking import count_kept
-    from training.schedules import mask_ratio
+    from training.optim import mask_ratio
 
     return image_flops(config, count_kept(_num_tokens(config.model), mask_ratio(config.train, progress)))
 

@@ -12,6 +12,7 @@ import torch
 from sampling.load import damage, file_sha256, load_checkpoint
 from training import checkpoint
 from training.checkpoint import CheckpointWriter, find_latest, write_checkpoint
+from utils.cli import UserError
 
 
 def state(step, size=500):
@@ -43,6 +44,27 @@ def test_checkpoint_comes_back_and_its_manifest_tells_size_and_checksum(tmp_path
     content = load_checkpoint(path)
     assert content.keys() == state(7).keys() and torch.equal(content["model"]["model.w"], state(7)["model"]["model.w"])
     assert find_latest(tmp_path) == path
+
+
+def test_every_file_is_on_disk_before_it_takes_its_name_and_the_manifest_comes_last(tmp_path, monkeypatch):
+    """Otherwise a crash of the machine could leave a file under its final name without its content."""
+    order, sizes = [], {}
+
+    def record(name, function):
+        def recorded(*args):
+            what = args[0] if name == "rename" else os.readlink(f"/proc/self/fd/{args[0]}")
+            kind = "folder" if os.path.isdir(what) else os.path.basename(what).split(".")[1]
+            order.append((name, kind))
+            if name == "flush" and kind != "folder":
+                sizes[kind] = os.path.getsize(what)
+            return function(*args)
+        return recorded
+
+    monkeypatch.setattr(os, "fsync", record("flush", os.fsync))
+    monkeypatch.setattr(os, "replace", record("rename", os.replace))
+    write_checkpoint(tmp_path / "0000007.pt", state(7))
+    assert order == [("flush", "pt"), ("rename", "pt"), ("flush", "folder"), ("flush", "json"), ("rename", "json"), ("flush", "folder")]
+    assert sizes == {kind: (tmp_path / f"0000007.{kind}").stat().st_size for kind in ("pt", "json")}
 
 
 def test_saved_is_the_state_at_the_call_not_at_the_write(tmp_path, monkeypatch):
@@ -138,7 +160,7 @@ def test_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
 
 def test_unwritable_folder_is_found_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="file/checkpoints cannot be written .*; choose another with log.results_dir"):
+    with pytest.raises(UserError, match="log.results_dir: checkpoint folder .*file/checkpoints cannot be written .*; give another folder"):
         CheckpointWriter(tmp_path / "file" / "checkpoints").prepare(0, 1, 1)
 
 
@@ -152,7 +174,7 @@ def test_failed_write_leaves_the_old_file_of_the_same_step(tmp_path, monkeypatch
     path = tmp_path / "0000001.pt"
     write_checkpoint(path, state(1))
     full_disk_after(monkeypatch, 1500)
-    with pytest.raises(ValueError, match="No space left"):
+    with pytest.raises(OSError, match="No space left"):
         write_checkpoint(path, state(2))
     assert damage(path) is None and load_checkpoint(path)["step"] == 1
 
@@ -181,7 +203,28 @@ def test_when_all_are_damaged_nothing_is_begun_anew(tmp_path):
         find_latest(tmp_path)
 
 
-def test_folder_without_a_finished_checkpoint_has_none(tmp_path):
+def test_folder_without_checkpoints_has_none(tmp_path):
     assert find_latest(tmp_path / "nowhere") is None
-    (tmp_path / "0000001.pt").write_bytes(b"interrupted")
+    (tmp_path / "0000001.pt.12ab.tmp").write_bytes(b"interrupted")
     assert find_latest(tmp_path) is None
+
+
+def test_checkpoint_copied_without_its_manifest_is_read_completely_and_gets_one(tmp_path, capsys):
+    for step in (3, 5):
+        write_checkpoint(tmp_path / f"000000{step}.pt", state(step) | {"stepper": {}})
+        (tmp_path / f"000000{step}.json").unlink()
+    assert find_latest(tmp_path) == tmp_path / "0000005.pt"
+    assert "0000005.pt has no manifest; it was read completely, is whole, and gets one" in capsys.readouterr().out
+    assert damage(tmp_path / "0000005.pt") is None and json.loads((tmp_path / "0000005.json").read_text())["step"] == 5
+    assert not (tmp_path / "0000003.json").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:-30]), lambda path: path.rename(path.with_name("0000009.pt")),
+                                   lambda path: torch.save({"model": state(5)["model"]}, path)], ids=["cut", "other step", "published"])
+def test_nothing_is_begun_anew_beside_a_checkpoint_without_a_manifest_that_is_of_no_use(tmp_path, capsys, spoil):
+    write_checkpoint(tmp_path / "0000005.pt", state(5) | {"stepper": {}})
+    (tmp_path / "0000005.json").unlink()
+    spoil(tmp_path / "0000005.pt")
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged .*; restore one with its .json, or move the folder away"):
+        find_latest(tmp_path)
+    assert "is passed over: it has no manifest (00000" in capsys.readouterr().out

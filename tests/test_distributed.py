@@ -8,14 +8,14 @@ import time
 
 import pytest
 import torch
-from test_trainer import FixedDraws, encode, make_batch, make_state
+from test_loop import FixedDraws, encode, make_batch, make_state
 from training_runs import ROOT, assert_same_run, command_line, metrics
 
 from models import EDMLoss
 from utils import distributed
 from utils.cli import UserError
-from training.lock import RunLock
 from training.loop import train_step
+from training.run import claim
 
 
 # ------------------------------------------------------------------------------------------------ what every process calls
@@ -171,14 +171,12 @@ def test_hung_rank_is_named_within_the_time_out(runs, tiny_latents, tmp_path):
 
 
 def test_second_job_on_one_folder_is_refused(runs, tiny_latents, tmp_path):
-    (tmp_path / "run").mkdir()
-    held = RunLock(tmp_path / "run")
-    for processes in (1, 2):
-        codes, said = runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt", processes)
-        assert codes[0] == 2 and all(codes)
-        assert f"run is in use by process {os.getpid()}" in said and "Traceback" not in said
-    assert (tmp_path / "run" / "run.lock").exists()
-    held.release()
+    with claim(tmp_path / "run"):
+        for processes in (1, 2):
+            codes, said = runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt", processes)
+            assert codes[0] == 2 and all(codes)
+            assert f"run is in use by process {os.getpid()}" in said and "Traceback" not in said
+        assert (tmp_path / "run" / "run.lock").exists()
     assert runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt")[0] == [0]
 
 

@@ -1,7 +1,6 @@
 """A new run from the weights of another: ours or a published file, with the optimizer or without, in the same or a new folder."""
 
 import argparse
-import json
 
 import pytest
 import torch
@@ -84,16 +83,27 @@ def test_interrupted_tuning_goes_on_by_the_same_command(runs, tiny_latents, trai
     assert metrics(tmp_path / "killed" / "run") == metrics(tmp_path / "calm" / "run")
 
 
-def test_other_classes_and_another_resolution(runs, trained, tmp_path):
+def test_one_flag_fine_tunes_to_other_classes_and_another_resolution(runs, trained, tmp_path):
     data = write_latents(tmp_path / "set", size=16, num_classes=3)
-    other = {"model__in_size": 16, "model__num_classes": 3}
-    flags = ("--use_ckpt_path", "False", "--use_strict_load", "False")
-    codes, said = tune(runs, data, tmp_path, trained, *flags, **other)
+    codes, said = tune(runs, data, tmp_path, trained, "--finetune", model__in_size=16)  # model.num_classes is still 5
+    assert codes == [0], said
+    assert "fine-tuning to the 3 classes of" in said and "(weights only)" in said
+    assert "model.pos_embed is interpolated from 4 x 4 to 8 x 8 patches" in said
+    assert "left at fresh values or out; other shape: model.y_embedder.embedding_table.weight (16, 5), wanted (16, 3)" in said
+    end = torch.load(tmp_path / "run" / "checkpoints" / "0000008.pt", weights_only=True)
+    assert end["config"]["model"]["num_classes"] == 3 and end["model"]["model.y_embedder.embedding_table.weight"].shape == (16, 3)
+
+
+def test_without_the_flag_what_does_not_fit_is_named(runs, trained, tmp_path):
+    data = write_latents(tmp_path / "set", size=16, num_classes=3)
+    codes, said = tune(runs, data, tmp_path, trained, "--use_ckpt_path", "False", "--use_strict_load", "False", model__in_size=16, model__num_classes=3)
     assert codes == [2]
-    for words in ("model.pos_embed (1, 16, 16), wanted (1, 64, 16)", "model.decoder_pos_embed", "embedding_table.weight (16, 5), wanted (16, 3)"):
+    for words in ("model.pos_embed (1, 16, 16), wanted (1, 64, 16)", "model.decoder_pos_embed", "embedding_table.weight (16, 5), wanted (16, 3)",
+                  "--finetune"):
         assert words in said
-    codes, said = tune(runs, data, tmp_path, trained, *flags, "--skip_mismatched", **other)
-    assert codes == [0] and "model.pos_embed is interpolated from 4 x 4 to 8 x 8 patches" in said
-    codes, said = tune(runs, data, tmp_path / "strict", trained, "--use_ckpt_path", "False", "--skip_mismatched", **other)
-    assert codes == [2] and "its optimizer state has nothing that fits model.y_embedder" in said and "--use_strict_load False" in said
-    assert json.loads((tmp_path / "run" / "checkpoints" / "0000008.json").read_text())["step"] == 8
+    assert not (tmp_path / "run").exists()
+
+
+def test_flag_without_a_checkpoint_is_refused(runs, tiny_latents, tmp_path):
+    codes, said = runs.start([*command_line(tiny_latents, tmp_path), "--finetune"], tmp_path / "out.txt")
+    assert codes == [2] and "--finetune needs --ckpt_path" in said

@@ -1,4 +1,4 @@
-"""Optimizer steps that skip what is not finite, in every precision; what is compiled where."""
+"""Number formats of a device, and what is compiled where."""
 
 import os
 import subprocess
@@ -9,95 +9,9 @@ import torch
 from training_runs import ROOT
 
 from utils import precision
-from utils.precision import Stepper, autocast, effective_amp, native_bf16, use_compile
+from utils.precision import autocast, effective_amp, native_bf16, use_compile
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-
-
-def make(scaled=False, fused=True, **options):
-    """A problem of two weights of 1, AdamW with lr 0.1; scaled: with fp16's loss scaler, which also runs on a CPU."""
-    weight = torch.nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.0, fused=fused)
-    stepper = Stepper(optimizer, "fp16", CPU, **options)
-    if scaled:
-        stepper.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
-    return weight, optimizer, stepper
-
-
-def step(weight, stepper, factor=1.0):
-    stepper.backward((weight * factor).sum())
-    return stepper.step()
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_bad_step_changes_nothing_and_is_counted(scaled, fused, bad):
-    weight, optimizer, stepper = make(scaled, fused)
-    norm = step(weight, stepper, 3.0)
-    assert norm.item() == pytest.approx(3 * 2**0.5, rel=1e-6)  # unscaled
-    before = weight.detach().clone(), {key: value.clone() for key, value in optimizer.state[weight].items()}
-    assert torch.isnan(step(weight, stepper, bad))
-    assert torch.equal(weight, before[0])
-    for key, value in before[1].items():
-        assert torch.equal(optimizer.state[weight][key], value), key
-    assert stepper.bad_steps.tolist() == [1, 1]
-    step(weight, stepper, bad), step(weight, stepper, 1.0)
-    assert stepper.bad_steps.tolist() == [0, 2] and not torch.equal(weight, before[0])
-
-
-def test_scaled_steps_equal_plain_ones_bit_for_bit():
-    """The scale is a power of two, so scaling and unscaling are exact."""
-    plain, scaled = make(), make(scaled=True)
-    for factor in (1.0, 0.3, float("nan"), 2.0):
-        for weight, _, stepper in (plain, scaled):
-            step(weight, stepper, factor)
-    assert torch.equal(plain[0], scaled[0])
-
-
-def test_scale_falls_on_bad_steps_and_rises_again():
-    weight, _, stepper = make(scaled=True)
-    scales = []
-    for factor in (1.0, float("nan"), 1.0, 1.0, 1.0):
-        step(weight, stepper, factor)
-        scales.append(stepper.scaler.get_scale())
-    assert scales == [1024, 512, 512, 512, 1024]
-
-
-def test_infinite_loss_with_finite_gradients_is_a_bad_step():
-    weight, _, stepper = make()
-    weight.data.fill_(2e19)  # the square overflows float32, its derivative 4e19 does not
-    loss = weight.square().sum()
-    assert torch.isinf(loss)
-    stepper.backward(loss)
-    assert torch.isnan(stepper.step()) and stepper.bad_steps.tolist() == [1, 1]
-
-
-def test_past_the_limit_every_step_is_skipped():
-    weight, _, stepper = make(max_bad_steps=2)
-    for factor in (float("nan"), float("nan"), float("nan"), 1.0, 1.0):
-        step(weight, stepper, factor)
-    assert stepper.bad_steps.tolist() == [5, 5] and torch.equal(weight, torch.ones(2))
-
-
-@pytest.mark.parametrize("scaled", [False, True])
-def test_clipping_bounds_the_norm(scaled):
-    weight, _, stepper = make(scaled, grad_clip=1.0)
-    seen = []
-    stepper.optimizer.register_step_pre_hook(lambda *_: seen.append(weight.grad.norm().item()))
-    assert step(weight, stepper, 100.0).item() == pytest.approx(100 * 2**0.5, rel=1e-6)
-    assert step(weight, stepper, 0.1).item() == pytest.approx(0.1 * 2**0.5, rel=1e-6)
-    assert seen == pytest.approx([1.0, 0.1 * 2**0.5], rel=1e-4)  # torch divides by norm + 1e-6
-
-
-def test_state_comes_back():
-    weight, _, stepper = make(scaled=True)
-    for factor in (1.0, float("nan"), 1.0):
-        step(weight, stepper, factor)
-    other = make(scaled=True)[2]
-    other.load_state_dict(stepper.state_dict())
-    assert other.state_dict() == stepper.state_dict() and other.scaler.get_scale() == 512
-    assert other.scaler.state_dict()["_growth_tracker"] == 1
 
 
 def test_formats_of_the_cpu():

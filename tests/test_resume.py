@@ -72,24 +72,24 @@ def test_signal_before_the_first_step_stops_in_good_order(runs, tiny_latents, fi
     assert_same_run(tmp_path / "run", finished)
 
 
-# The first file of a run that is flushed is the probe of `prepare`; the checkpoint of step 4 takes two (.pt, manifest), then that of step 8.
-@pytest.mark.parametrize("crash, code", [
-    (("notice in write", 100), EXIT_STOPPED), (("notice in sync", 4), EXIT_STOPPED), (("notice in sync", 5), EXIT_STOPPED),
-    (("two notices in write", 100), 128 + signal.SIGTERM), (("two notices in sync", 4), 128 + signal.SIGTERM),
-    (("stream", 100), -signal.SIGKILL), (("sync", 4), -signal.SIGKILL), (("sync", 5), -signal.SIGKILL),
+# A checkpoint flushes four times: .pt, folder, manifest, folder. Those of step 4 come first, then those of step 8.
+@pytest.mark.parametrize("crash, code, newest", [
+    (("notice in write", 100), EXIT_STOPPED, None), (("notice in sync", 5), EXIT_STOPPED, None), (("notice in sync", 7), EXIT_STOPPED, None),
+    (("two notices in write", 100), 128 + signal.SIGTERM, None), (("two notices in sync", 5), 128 + signal.SIGTERM, "0000004"),
+    (("stream", 100), -signal.SIGKILL, None), (("sync", 5), -signal.SIGKILL, "0000004"),
+    (("sync", 7), -signal.SIGKILL, "0000008"),  # whole, and only its manifest is missing
 ])
-def test_signal_while_a_checkpoint_is_written(runs, tiny_latents, finished, tmp_path, crash, code):
+def test_signal_while_a_checkpoint_is_written(runs, tiny_latents, finished, tmp_path, crash, code, newest):
     """SIGTERM lets the write end and saves the stop after it; a second one, or SIGKILL, leaves half a file that nobody takes up."""
     arguments = command_line(tiny_latents, tmp_path, log__sample_every=4)
     codes, said = runs.start(arguments, tmp_path / "out.txt", crash=crash)
     assert codes == [code], said
-    newest = find_latest(tmp_path / "run" / "checkpoints")
+    halves = list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+    found = find_latest(tmp_path / "run" / "checkpoints")
     if code == EXIT_STOPPED:
-        assert f"stopped at step {int(newest.stem)} as asked" in said
-        assert not list(newest.parent.glob("*.tmp"))
+        assert f"stopped at step {int(found.stem)} as asked" in said and not halves
     else:
-        assert newest is None if crash[1] == 100 else newest.stem == "0000004"
-        assert list((tmp_path / "run" / "checkpoints").glob("*.tmp"))
+        assert (found and found.stem) == newest and halves
     run_to_the_end(runs, arguments, tmp_path / "out.txt")
     assert_same_run_but_for_the_stop(tmp_path / "run", finished)
 

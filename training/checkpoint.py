@@ -1,14 +1,13 @@
-"""Checkpoints: written whole or not at all, verified before use, never executing what a file contains.
+"""Checkpoints: written whole or not at all, found again, deleted when newer ones are there. sampling/load.py reads them.
 
-A checkpoint is two files, NNNNNNN.pt and NNNNNNN.json (its manifest: size and sha256). The manifest is written last, so a
-checkpoint without one was interrupted and is passed over. The .pt is a dict with `model`, `ema` and `opt` as in the
-published files, and what an exact resume needs besides.
+A checkpoint is two files, NNNNNNN.pt and NNNNNNN.json (its manifest: size and sha256), each written to a temporary file, flushed to
+disk and renamed; the manifest comes last. The .pt is a dict with `model`, `ema` and `opt` as in the published files, and what
+an exact resume needs besides.
 """
 
 import errno
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
@@ -16,27 +15,41 @@ from pathlib import Path
 
 import torch
 
-from sampling.load import damage, first_line, manifest_path
+from sampling.load import damage, file_sha256, first_line, load_checkpoint, manifest_path
 from utils.cli import UserError
+from utils.files import make_folder, write_whole
 from utils.logging import say
 
 
 def find_latest(folder):
-    """Path of the newest undamaged checkpoint of a folder, or None; damaged ones are named and passed over.
+    """Path of the newest checkpoint of a folder that is whole, or None if there is no checkpoint; others are named and passed over.
 
-    Raises ValueError if there are finished checkpoints and all are damaged: weeks of work are not silently begun anew.
+    A file of ours without its manifest (it was copied without, or its writer was killed just before) is read completely and gets one.
+    Raises UserError if there are checkpoints and none is whole: weeks of work are not silently begun anew.
     """
     damaged = []
     for path in reversed(_steps_in(folder)):
-        finished = manifest_path(path).is_file()
-        problem = damage(path) if finished else "it has no manifest: its writing was interrupted"
+        problem = damage(path) if manifest_path(path).is_file() else _adopt(path)
         if problem is None:
             return path
         say(f"checkpoint {path} is passed over: {problem}")
-        damaged += [path.name] if finished else []
+        damaged.append(path.name)
     if damaged:
-        raise UserError(f"all checkpoints in {folder} are damaged ({', '.join(damaged)}); restore one, "
+        raise UserError(f"all checkpoints in {folder} are damaged ({', '.join(damaged)}); restore one with its .json, "
                         f"or move the folder away to begin at the first step")
+    return None
+
+
+def _adopt(path):
+    """Read a checkpoint without a manifest completely and write its manifest; returns what is wrong with it, or None."""
+    try:
+        content = load_checkpoint(path)  # checks the CRC of every record
+    except UserError as error:
+        return f"it has no manifest ({manifest_path(path).name}), and {error}"
+    if "stepper" not in content or content.get("step") != int(path.stem):
+        return f"it has no manifest ({manifest_path(path).name}) and is no checkpoint that a run could go on from; see --ckpt_path"
+    say(f"checkpoint {path} has no manifest; it was read completely, is whole, and gets one")
+    _write_manifest(path, file_sha256(path), content["step"])
     return None
 
 
@@ -65,16 +78,10 @@ class CheckpointWriter:
 
         num_coming: how many, of about num_bytes each. Old ones go as new ones come, but only when the new one is complete.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("*.tmp"):
-                leftover.unlink()
-            self._delete_old(step)  # the last run may have been killed before it came to that
-            write_atomically(self.folder / "probe", b"0")
-            (self.folder / "probe").unlink()
-        except OSError as error:
-            raise UserError(f"checkpoint folder {self.folder} cannot be written ({error.strerror}); "
-                            f"choose another with log.results_dir") from error
+        make_folder(self.folder, "log.results_dir: checkpoint folder")
+        for leftover in self.folder.glob("*.tmp"):
+            leftover.unlink()
+        self._delete_old(step)  # the last run may have been killed before it came to that
         if self.keep_last:
             there = len([path for path in _steps_in(self.folder) if manifest_path(path).is_file()])
             num_coming = min(num_coming, max(1, self.keep_last + 1 - there))
@@ -153,36 +160,23 @@ class CheckpointWriter:
 
 
 def write_checkpoint(path, state):
-    """Write a .pt and then its manifest, each to a temporary file that is flushed to disk and renamed."""
+    """Write a .pt and then its manifest."""
     path = Path(path)
-    temporary = path.with_suffix(".pt.tmp")
-    try:
+    with write_whole(path) as temporary:
         with open(temporary, "wb") as stream:
             hashing = _HashingStream(stream)
             try:
                 torch.save(state, hashing)
             except RuntimeError as error:  # PyTorch's writer buries the disk's error under one of its own
                 raise hashing.error or error
-            _flush_to_disk(stream)
         manifest_path(path).unlink(missing_ok=True)  # rewriting a step: the old manifest must not vouch for the new file
-        os.replace(temporary, path)
-        _flush_folder(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    manifest = {"file": path.name, "size": path.stat().st_size, "sha256": hashing.digest.hexdigest(),
-                "step": state.get("step"), "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_atomically(manifest_path(path), json.dumps(manifest, indent=1).encode())
+    _write_manifest(path, hashing.digest.hexdigest(), state.get("step"))
 
 
-def write_atomically(path, content):
-    """Write bytes to a temporary file beside `path`, flush them to disk, rename, and flush the folder."""
-    temporary = Path(f"{path}.tmp")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        _flush_to_disk(stream)
-    os.replace(temporary, path)
-    _flush_folder(Path(path).parent)
+def _write_manifest(path, sha256, step):
+    manifest = {"file": path.name, "size": path.stat().st_size, "sha256": sha256, "step": step, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    with write_whole(manifest_path(path)) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
 
 
 class _HashingStream:
@@ -201,16 +195,3 @@ class _HashingStream:
 
     def flush(self):
         self.stream.flush()
-
-
-def _flush_to_disk(stream):
-    stream.flush()
-    os.fsync(stream.fileno())
-
-
-def _flush_folder(folder):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

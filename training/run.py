@@ -1,11 +1,16 @@
-"""From a command line to `trainer.fit`: what train_latent.py and train.py share."""
+"""From a command line to `fit`: what train_latent.py and train.py share. Everything is checked before the network is made."""
 
 import argparse
+import contextlib
 import dataclasses
+import fcntl
+import os
+import socket
 from pathlib import Path
 
-from utils.cli import UserError, str_to_bool
-from utils.config import load_config, to_dict, to_yaml
+from utils.cli import StopNotice, UserError, str_to_bool
+from utils.config import load_config, model_arguments, to_dict, to_yaml
+from utils.files import make_folder
 
 
 def parse_arguments(description, argv=None):
@@ -21,13 +26,16 @@ def parse_arguments(description, argv=None):
     parser.add_argument("--master_address", default="127.0.0.1", help="address of node 0, with --num_nodes")
     parser.add_argument("--master_port", type=int, default=0, help="port of node 0, with --num_nodes")
     parser.add_argument("--ckpt_path", help="checkpoint to start from, ours or a published one")
+    parser.add_argument("--finetune", action="store_true",
+                        help="start a new run from the weights of --ckpt_path, on other data: the number of classes is the data's, "
+                        "weights of another shape start fresh, positions of another resolution are interpolated")
     parser.add_argument("--use_ckpt_path", type=str_to_bool, default=True, metavar="BOOL",
                         help="True (default): go on in the checkpoint's own experiment folder; False: start a new folder")
     parser.add_argument("--use_strict_load", type=str_to_bool, default=True, metavar="BOOL",
-                        help="True (default): optimizer state and all weights must fit; False: weights only")
-    parser.add_argument("--skip_mismatched", action="store_true",
-                        help="leave weights whose shape differs at their fresh values (another class count); "
-                        "positions of another resolution are interpolated")
+                        help="True (default): take the optimizer's state too; False: weights only")
+    parser.add_argument("--accept_data", action="store_true",
+                        help="go on although data.root is another path (the same data was moved) or, with --ckpt_path, "
+                        "although the data's latents have another scale, shift or autoencoder")
     parser.add_argument("--no_amp", action="store_true", help="train in float32: the same as train.amp=no")
     parser.add_argument("--exp_name", help="the same as log.exp_name=...: the folder of the run")
     parser.add_argument("--results_dir", help="the same as log.results_dir=...: where the folders of runs are")
@@ -48,17 +56,6 @@ def resolve_config(args, overrides):
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train), log=dataclasses.replace(config.log, **log))
 
 
-def run_folder(config, args):
-    """The experiment folder: results_dir/exp_name, or the one that --ckpt_path lies in."""
-    if args.ckpt_path and args.use_ckpt_path:
-        checkpoint = Path(args.ckpt_path)
-        if checkpoint.parent.name != "checkpoints":
-            raise UserError(f"--ckpt_path {checkpoint} is not in the checkpoints/ folder of a run that could go on; "
-                            f"to start a new run from it, add --use_ckpt_path False")
-        return checkpoint.parent.parent
-    return Path(config.log.results_dir) / config.log.exp_name
-
-
 def launch_if_asked(args, script, argv):
     """With --num_process_per_node, run this script in that many processes; returns their exit code, or None."""
     if args.num_process_per_node is None:  # not worth the slow import
@@ -69,115 +66,210 @@ def launch_if_asked(args, script, argv):
                               args.master_address, args.master_port)
 
 
+def run_folder(config, args):
+    """The experiment folder: results_dir/exp_name, or the one that --ckpt_path lies in."""
+    if args.finetune and args.ckpt_path is None:
+        raise UserError("--finetune needs --ckpt_path: the checkpoint whose weights it starts from")
+    checkpoint = args.ckpt_path and Path(args.ckpt_path)
+    if checkpoint and not checkpoint.is_file():
+        raise UserError(f"--ckpt_path {checkpoint}: no such file")
+    if not checkpoint or args.finetune or not args.use_ckpt_path:
+        return Path(config.log.results_dir) / config.log.exp_name
+    if checkpoint.parent.name != "checkpoints":
+        raise UserError(f"--ckpt_path {checkpoint} is not in the checkpoints/ folder of a run that could go on; to start a new run "
+                        f"from it, add --finetune (weights only) or --use_ckpt_path False (weights and optimizer)")
+    return checkpoint.parent.parent
+
+
 def train(config, args, open_dataset, make_encode):
     """Set the process up, find or make the run's folder, restore what is there, train; returns the exit code.
 
-    open_dataset(config) -> dataset. make_encode(config, dataset, device) -> encode(batch, generator) -> latents.
+    open_dataset(config) -> dataset. make_encode(config, dataset, device) -> (encode(batch, generator) -> latents, the
+    description of these latents: {"scale": ..., "shift": ..., "vae": digest or ""}).
     """
-    from utils.cli import StopNotice
-
-    with StopNotice() as notice:  # before the slow imports: who is asked to stop meanwhile stops before the first step
+    folder = run_folder(config, args)
+    with StopNotice() as notice:  # before the slow imports: a run that is asked to stop meanwhile stops before the first step
         from utils import distributed
         from utils.precision import setup_backends, use_compile
 
         distributed.init(config.train.timeout_s)
         device = distributed.device()
         setup_backends(config.train.tf32, config.train.deterministic, use_compile(config.train.compile, device))
-        code = _train(config, args, open_dataset, make_encode, notice)
+        code = _train(config, args, folder, open_dataset, make_encode, device, notice)
         distributed.shutdown()
     return code
 
 
-def _train(config, args, open_dataset, make_encode, notice):
+def _train(config, args, folder, open_dataset, make_encode, device, notice):
     import torch
 
-    from utils import distributed
-    from sampling.sample import build_model
-    from training.lock import RunLock
-    from utils.logging import say
+    from models import LOSSES, build_model
+    from sampling.sample import check_sampler
     from training.loop import TrainState, fit
-    from training.watch import draw_loss_curve, make_evaluate, make_sample_grid
+    from training.watch import draw_loss_curve, forget_after, make_evaluate, make_sample_grid
+    from utils import distributed
+    from utils.logging import check_sinks, say
 
-    device = distributed.device()
-    dataset = open_dataset(config)
-    folder = run_folder(config, args)
-    lock = None
-    if distributed.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(folder)
-    try:
+    if config.train.loss not in LOSSES:
+        raise UserError(f"train.loss={config.train.loss!r} is unknown; wanted one of {', '.join(LOSSES)}")
+    check_sampler(config.sample)
+    check_sinks(config.log)
+    if args.finetune:
+        config, dataset = open_for_finetuning(config, open_dataset)
+    else:
+        dataset = open_dataset(config)
+    encode, latents = make_encode(config, dataset, device)
+    sample_grid = make_sample_grid(config, folder, dataset.class_names, device, latents)
+    evaluate = make_evaluate(config, folder, device, latents)
+    with claim(folder) if distributed.is_main() else contextlib.nullcontext():
         distributed.barrier()
+        path, own = find_start(folder, args)
+        checkpoint = read_start(config, folder, args, latents, path, own) if path else None
         torch.manual_seed(config.train.seed)
-        net = build_model(config.model, config.train).to(device)
+        net = build_model(**model_arguments(config)).to(device)
         distributed.broadcast_module(net)  # before its copies are made
-        state = TrainState(net, config, device, dataset.class_names)
-        restore(state, folder, args)
+        state = TrainState(net, config, device, dataset.class_names, latents)
+        if own:
+            state.resume(checkpoint)
+            say(f"resuming from {path}: step {state.step}, {state.images_seen:,} images seen")
+        elif path:
+            strict = args.use_strict_load and not args.finetune
+            start_from(state, checkpoint, path, strict, args.finetune)
+            say(f"starting from {path} at step {state.step} ({'weights and optimizer' if strict else 'weights only'})")
+        del checkpoint
         if distributed.is_main():
             (folder / "config.yaml").write_text(to_yaml(config))
-        _describe(state, dataset, folder)
-        sample_grid = make_sample_grid(config, folder, dataset, device)
-        evaluate = make_evaluate(config, folder, device)
-        code = fit(state, folder, dataset, make_encode(config, dataset, device), notice, sample_grid, evaluate)
+            forget_after(folder, state.step)
+        describe(state, dataset, folder)
+        code = fit(state, folder, dataset, encode, notice, sample_grid, evaluate)
         if distributed.is_main():
             draw_loss_curve(folder)
         if code == 0:
             say(f"done: {folder} (checkpoints/, metrics.jsonl, loss.png)")
         return code
+
+
+@contextlib.contextmanager
+def claim(folder):
+    """Make the folder of a run and hold its run.lock; a folder that is new and still empty at the end goes again.
+
+    The system frees the lock of a process that dies, however it dies. Raises UserError if another process holds it.
+    """
+    new = not os.path.isdir(folder)
+    make_folder(folder, "log.results_dir/log.exp_name")
+    path = folder / "run.lock"
+    while True:
+        lock = open(path, "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise UserError(f"{folder} is in use by {lock.read() or 'another process'}; stop that job first, or give this one "
+                            f"another log.exp_name") from None
+        if os.fstat(lock.fileno()).st_nlink:  # else its last holder has deleted it meanwhile
+            break
+    lock.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=lock, flush=True)
+    try:
+        yield
     finally:
-        if lock is not None:
-            lock.release()
+        path.unlink(missing_ok=True)
+        lock.close()
+        if new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def open_for_finetuning(config, open_dataset):
+    """(config, dataset): the number of classes is the data's, wherever its format tells it."""
+    from utils.logging import say
+
+    dataset = open_dataset(dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=0)))
+    if dataset.num_classes is None:
+        dataset.num_classes = config.model.num_classes or None
+        return config, dataset
+    names = ", ".join(dataset.class_names[:10]) + (", ..." if len(dataset.class_names) > 10 else "")
+    say(f"fine-tuning to the {dataset.num_classes} classes of {dataset.name}{names and f': {names}'}")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=dataset.num_classes)), dataset
 
 
 # ------------------------------------------------------------------------------------------------ starting point
 
-def restore(state, folder, args):
-    """Bring `state` to where the run stands: its own newest checkpoint, else --ckpt_path, else fresh weights."""
-    from utils import distributed
-    from sampling.load import load_checkpoint
+def find_start(folder, args):
+    """(path, own): the run's own newest checkpoint, else --ckpt_path, else None; own says that it is the run's."""
     from training.checkpoint import find_latest
+    from utils import distributed
     from utils.logging import say
 
     latest = distributed.broadcast_object(find_latest(folder / "checkpoints") if distributed.is_main() else None)
-    if latest is not None:
-        if args.ckpt_path and args.use_ckpt_path and latest.resolve() != Path(args.ckpt_path).resolve():
-            say(f"{args.ckpt_path} is not the newest of its run: {latest.name} is")
-        checkpoint = load_checkpoint(latest)
-        _tell_changes(state, checkpoint, folder)
-        state.resume(checkpoint)
-        say(f"resuming from {latest}: step {state.step}, {state.images_seen:,} images seen")
-    elif args.ckpt_path:
-        checkpoint = load_checkpoint(args.ckpt_path)
-        start_from(state, checkpoint, args.ckpt_path, strict=args.use_strict_load, skip_mismatched=args.skip_mismatched)
-        say(f"starting from {args.ckpt_path} at step {state.step} "
-            f"({'weights and optimizer' if args.use_strict_load else 'weights only'})")
+    if latest is None:
+        return args.ckpt_path, False
+    if args.ckpt_path and args.use_ckpt_path and not args.finetune and latest.resolve() != Path(args.ckpt_path).resolve():
+        say(f"{args.ckpt_path} is not the newest of its run: {latest.name} is")
+    return latest, True
 
 
-def start_from(state, checkpoint, path, strict, skip_mismatched=False):
+def read_start(config, folder, args, latents, path, own):
+    """Read a checkpoint and compare it with what is asked for; says what has changed, and refuses what does not go together."""
+    from sampling.load import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    differing = differences(checkpoint.get("latents"), latents)
+    if own:
+        then = checkpoint["config"]
+        root_then, root_now = then["data"]["root"], config.data.root
+        if root_then != root_now and Path(root_then).resolve() != Path(root_now).resolve() and not args.accept_data:
+            raise UserError(f"{folder} holds a run on data.root={root_then}, not {root_now}; choose another log.exp_name for other data, "
+                            f"or add --accept_data if the same data was moved")
+        if differing:
+            raise UserError(f"{folder} holds a run on latents of another kind ({differing}); choose another log.exp_name, or give that data")
+        reached, wanted = checkpoint["step"], checkpoint["start_step"] + config.train.max_num_steps
+        if reached > wanted:
+            raise UserError(f"train.max_num_steps={config.train.max_num_steps} ends at step {wanted}, but the run in {folder} is at step "
+                            f"{reached} already; nothing was done. Set it above {reached - checkpoint['start_step']} to go on")
+        _tell_changes(config, checkpoint, folder)
+    elif differing and not args.accept_data:
+        raise UserError(f"checkpoint {path} was trained on latents of another kind ({differing}); set data.scale and data.shift if the data "
+                        f"does not say its own, or add --accept_data to train on them all the same")
+    return checkpoint
+
+
+def differences(then, now):
+    """In which way two descriptions of latents differ, in words; empty if they agree, as far as both are known."""
+    if not then or not now:
+        return ""
+    return ", ".join(f"{key} {then[key]}, now {now[key]}" for key in ("scale", "shift", "vae") if then[key] != now[key]
+                     and (key != "vae" or then[key] and now[key]))
+
+
+def start_from(state, checkpoint, path, strict, finetune=False):
     """Begin a new run with the weights of a checkpoint, ours or a published one; steps count on from its own.
 
-    strict: take the optimizer state too. skip_mismatched: tensors of another shape keep their fresh values.
-    Raises ValueError listing, by name, what is missing, unknown or of another shape.
+    strict: take the optimizer's state too. finetune: tensors of another shape keep their fresh values, which is said once.
+    Raises UserError listing, by name, what is missing, unknown or of another shape.
     """
     from sampling.load import load_weights_into, steps_done, weights_of
+    from training.optim import load_moments_by_name
 
+    remedy = "check the model section of the config, or add --finetune, which leaves out what does not fit"
     for net, which in ((state.net, "model"), (state.ema.net, "ema")):
-        load_weights_into(net, weights_of(checkpoint, which, path), path, skip_mismatched)
+        load_weights_into(net, weights_of(checkpoint, which, path), path, finetune, remedy)
     if strict:
         if "opt" not in checkpoint:
             raise UserError(f"checkpoint {path} has no optimizer state; to start from its weights only, add --use_strict_load False")
-        state.load_optimizer(checkpoint, path)
+        load_moments_by_name(state.optimizer, state.net, checkpoint, path)
     state.step = state.start_step = steps_done(checkpoint)
     state.images_seen = state.start_images = int(checkpoint.get("images_seen", 0))
 
 
-def _tell_changes(state, checkpoint, folder):
-    """Say which settings differ from the run so far, before going on with the new ones. Another model is a ValueError."""
+def _tell_changes(config, checkpoint, folder):
+    """Say which settings differ from the run so far, before going on with the new ones. Another model is a UserError."""
     from utils import distributed
     from utils.logging import say
 
-    then, now = checkpoint["config"], to_dict(state.config)
-    changed = {f"{section}.{key}": f"{then[section].get(key)} -> {value}" for section in now if section != "log"
-               for key, value in now[section].items() if section in then and then[section].get(key) != value}
+    then, now = checkpoint["config"], to_dict(config)
+    changed = {f"{section}.{key}": f"{then[section][key]} -> {value}" for section in now if section in then and section != "log"
+               for key, value in now[section].items() if key in then[section] and then[section][key] != value}
     other_model = [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]
     if other_model:
         raise UserError(f"{folder} holds a run of another model: {', '.join(other_model)}; "
@@ -185,19 +277,28 @@ def _tell_changes(state, checkpoint, folder):
     if changed:
         say(f"settings changed since the checkpoint: {', '.join(f'{key} {change}' for key, change in changed.items())}")
     batch_then = then["train"]["batchsize"] * checkpoint["world_size"]
-    batch_now = state.config.train.batchsize * distributed.world_size()
+    batch_now = config.train.batchsize * distributed.world_size()
     if checkpoint["world_size"] != distributed.world_size() or batch_then != batch_now:
-        say(f"going on with {distributed.world_size()} processes of {state.config.train.batchsize} images instead of "
+        say(f"going on with {distributed.world_size()} processes of {config.train.batchsize} images instead of "
             f"{checkpoint['world_size']} of {then['train']['batchsize']}: the data goes on at image {checkpoint['images_seen']:,}, "
             f"steps are now {batch_now} images instead of {batch_then}, and the random draws differ from the run so far")
 
 
-def _describe(state, dataset, folder):
-    from utils import distributed
+def describe(state, dataset, folder):
+    """Say what is going to be trained, with the sizes that it really has."""
+    from models.masking import count_kept
+    from training.optim import mask_ratio
     from utils.logging import say
 
-    train = state.config.train
-    parameters = sum(p.numel() for p in state.net.parameters())
-    say(f"{folder}: {state.config.model.model_type}, {parameters / 1e6:.1f}M parameters, {len(dataset):,} samples of {dataset.name}")
-    say(f"{distributed.world_size()} process(es) on {state.device.type}, {train.batchsize} images each per step in {train.grad_accum} "
+    train, net = state.config.train, state.net
+    parts = [f"{name} {len(blocks)} x {table.shape[2]}" for name, blocks, table in (
+        ("encoder", getattr(net.model, "blocks", None), getattr(net.model, "pos_embed", None)),
+        ("decoder", getattr(net.model, "decoder_blocks", None), getattr(net.model, "decoder_pos_embed", None))) if blocks]
+    kept = [count_kept(net.num_tokens, mask_ratio(train, progress)) for progress in (0.0, 1.0)]
+    kept = f"{kept[0]}" if kept[0] == kept[1] else f"{kept[0]} to {kept[1]}"
+    parameters = sum(p.numel() for p in net.parameters())
+    say(f"{folder}: {state.config.model.model_type}, {parameters / 1e6:.1f}M parameters ({', '.join(parts)} as depth x width), "
+        f"{kept} of {net.num_tokens} patches kept, latents {net.in_channels} x {net.in_size} x {net.in_size}, {net.num_classes} classes")
+    say(f"{len(dataset):,} samples of {dataset.name}")
+    say(f"{state.world_size} process(es) on {state.device.type}, {train.batchsize} images each per step in {train.grad_accum} "
         f"round(s), precision {state.amp}, blocks {'compiled' if state.compiled else 'not compiled'}, steps {state.step} to {state.end_step}")

@@ -1,65 +1,91 @@
-"""Pictures and numbers while a run goes on: sample grids, evaluations, the loss curve."""
+"""What is looked at while a run goes on: sample grids, evaluations, the loss curve."""
 
 import dataclasses
+import json
+
+from utils import distributed
+from utils.cli import UserError
+from utils.files import write_whole
+from utils.logging import say
 
 
-def make_sample_grid(config, folder, dataset, device):
-    """sample_grid(net, step) -> picture (H, W, 3) uint8: images of fixed seeds, saved as samples/STEP.png; None if not asked for."""
+def make_sample_grid(config, folder, class_names, device, latents):
+    """sample_grid(net, step) -> picture (H, W, 3) uint8 of fixed seeds, saved as samples/STEP.png; None if it is there already.
+
+    None if no grids are asked for. latents: the description of what the run is trained on.
+    Raises UserError if the autoencoder that decodes is missing or does not fit.
+    """
     if not config.log.sample_every:
         return None
     from sampling.sample import draw_grid, image_decoder, latents_to_uint8
-    from utils.logging import say
 
-    try:
-        decode = image_decoder(config.vae, config.model.in_channels, device)
-    except FileNotFoundError as error:
-        say(f"{error}; until then sample grids show the first three latent channels")
+    if config.vae.path:
+        try:
+            decode = image_decoder(config.vae, config.model.in_channels, device, latents, f"data.root={config.data.root}")
+        except UserError as error:
+            raise UserError(f"{error}. Sample grids (log.sample_every={config.log.sample_every}) need it; log.sample_every=0 trains without them, "
+                            f"and vae.path='' shows the first three latent channels instead") from error
+    else:
+        say("vae.path is empty: sample grids show the first three latent channels")
         decode = latents_to_uint8
-    (folder / "samples").mkdir(exist_ok=True)
 
     def sample_grid(net, step):
-        return draw_grid(net, decode, config, device, folder / "samples" / f"{step:07d}.png", dataset.class_names)
+        path = folder / "samples" / f"{step:07d}.png"
+        if path.is_file():
+            return None
+        path.parent.mkdir(exist_ok=True)
+        with write_whole(path) as temporary:
+            return draw_grid(net, decode, config, device, temporary, class_names)
 
     return sample_grid
 
 
-def make_evaluate(config, folder, device):
+def make_evaluate(config, folder, device, latents):
     """evaluate(net, step) -> numbers, from eval.num_images samples of seeds 0, 1, ...; None if not asked for.
 
-    The numbers with every setting behind them are saved as evaluations/STEP.json.
+    The numbers with every setting behind them are saved as evaluations/STEP.json, and read from there if they are there already.
+    Raises UserError if the reference or the autoencoder is missing or does not fit.
     """
     if not config.eval.every:
         return None
     from fid.evaluate import Evaluator, format_result, save_result
     from sampling.sample import generate, image_decoder
-    from utils.logging import say
 
-    decode = image_decoder(config.vae, config.model.in_channels, device)
+    decode = image_decoder(config.vae, config.model.in_channels, device, latents, f"data.root={config.data.root}")
     sample = dataclasses.replace(config.sample, num_steps=config.eval.num_steps)
     evaluator = Evaluator.from_config(dataclasses.replace(config.eval, metrics=config.eval.metrics or "fid"))
 
     def evaluate(net, step):
+        path = folder / "evaluations" / f"{step:07d}.json"
+        there = distributed.broadcast_object(json.loads(path.read_text()) if distributed.is_main() and path.is_file() else None)
+        if there is not None:
+            return there["numbers"]
         evaluator.reset()
         for batch in generate(net, decode, list(range(config.eval.num_images)), sample, device):
             evaluator.add(batch.images, batch.index)
         result = evaluator.result()
         say(f"evaluation of the average at step {step}:\n{format_result(result)}")
-        save_result(folder / "evaluations" / f"{step:07d}.json", result)
+        save_result(path, result)
         return result["numbers"]
 
     return evaluate
 
 
-def draw_loss_curve(folder):
-    """folder/loss.png from folder/metrics.jsonl."""
-    import json
+def forget_after(folder, step):
+    """Delete grids and evaluations of later steps than `step`, which a run that goes on from there makes anew, and halves of files."""
+    for path in (*folder.glob("samples/*"), *folder.glob("evaluations/*")):
+        if path.suffix == ".tmp" or path.stem.isdigit() and int(path.stem) > step:
+            path.unlink()
 
+
+def draw_loss_curve(folder):
+    """folder/loss.png from folder/metrics.jsonl: every loss that was logged. A value of None is a gap."""
     from utils.images import plot_curves
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
+    names = [name for name in (lines[0] if lines else ()) if name == "loss" or name.startswith("loss_") and name != "loss_scale"]
     if lines:
         steps = [line["step"] for line in lines]
-        series = {name: (steps, [line[key] for line in lines])
-                  for name, key in (("loss", "loss"), ("denoising", "loss_denoising"), ("reconstruction (MAE)", "loss_mae"))}
+        series = {name.removeprefix("loss_"): (steps, [line.get(name) for line in lines]) for name in names}
         plot_curves(folder / "loss.png", series, xlabel="step", ylabel="loss", title=folder.name)

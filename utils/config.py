@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from utils.cli import UserError
-from utils.schema import (KEYS, MASK_SCHEDULES, SECTIONS, Config, EvalConfig, ModelConfig, SampleConfig, SpeedUp,  # noqa: F401
+from utils.schema import (KEYS, MASK_SCHEDULES, SECTIONS, Config, EvalConfig, ModelConfig, SampleConfig,  # noqa: F401
                           TrainConfig, check)
 
 GONE = {"sample.solver_set": "set sample.sampler instead"}  # keys of older versions, and what to do about them

@@ -16,7 +16,6 @@ LIMITS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt}
 Amp = Literal["fp16", "bf16", "no"]
 MASK_SCHEDULES = ("constant", "linear", "exp", "cosine2", "cosine3", "cosine4", "cosine5", "cosine6")
 SHORT_NAMES = ("const", "cos2", "cos3", "cos4", "cos5", "cos6")  # of the same, in published configs
-SpeedUp = Literal["fused_adamw", "foreach_ema", "static_graph", "bucket_views", "read_ahead", "keep_memory"]
 
 
 def number(default, **limits):
@@ -80,8 +79,6 @@ class TrainConfig:
     amp: Amp = "fp16"  # fp16 uses loss scaling and is for GPUs: a CPU runs float32 instead
     tf32: bool = True  # let float32 matrix products round their inputs to TF32 on GPUs
     compile: Literal["auto", True, False] = "auto"  # torch.compile, block by block; auto: on GPUs where it is possible, never on a CPU
-    cuda_graphs: bool = False  # going away with switch_off, as soon as training and benchmarks do not read them any more
-    switch_off: tuple[SpeedUp, ...] = ()
     deterministic: bool = True  # deterministic GPU kernels, which bit-exact resume needs
     activation_checkpointing: bool = False  # less memory, a third more compute
     mask_ratio: float = number(0.5, at_least=0, below=1)  # share of the patches that the encoder does not see, at the start
@@ -94,9 +91,6 @@ class TrainConfig:
     seed: int = number(0, at_least=0, below=2**64)
     max_bad_steps: int = number(20, above=0)  # steps with NaN or Inf gradients in a row that end the run
     timeout_s: float = number(1800.0, above=0)  # longest wait for another process
-
-    def uses(self, speed_up):
-        return speed_up not in self.switch_off
 
     @property
     def mask_ratio_varies(self):

@@ -1,19 +1,18 @@
 """One training step and the loop around it, in this process."""
 
 import json
-import typing
 
 import numpy as np
 import pytest
 import torch
 from training_runs import SETTINGS, metrics
 
-from models import EDMLoss, TokenMask, sample_moments
-from utils.config import SpeedUp, load_config
 from dataset.formats import open_latents
+from models import EDMLoss, TokenMask, sample_moments
 from sampling.sample import build_model
-from utils.cli import EXIT_STOPPED, StopNotice
 from training.loop import TrainState, fit, step_seed, train_step
+from utils.cli import EXIT_BAD, EXIT_STOPPED, StopNotice, UserError
+from utils.config import load_config
 
 CPU = torch.device("cpu")
 
@@ -42,6 +41,10 @@ def make_batch(size=4):
     return torch.from_numpy(random.standard_normal((size, 8, 8, 8), np.float32)), torch.arange(size) % 5
 
 
+def sums(state):
+    return dict(zip(state.measured, state.sums.tolist(), strict=True))
+
+
 def weights(state):
     return torch.cat([p.detach().flatten() for p in state.net.parameters()])
 
@@ -65,8 +68,8 @@ def test_accumulated_rounds_equal_one_round(rounds):
         state.optimizer.register_step_pre_hook(
             lambda optimizer, *_: gradients.append(torch.cat([p.grad.flatten() for p in optimizer.param_groups[0]["params"]])))
         train_step(state, state.net, FixedDraws(patch_size=2), *make_batch(), lambda moments, _: moments[:, :4], torch.Generator())
-        norms.append(state.sums[3].item())
-        losses.append(state.sums[0].item())
+        norms.append(sums(state)["grad_norm"])
+        losses.append(sums(state)["loss"])
     assert (gradients[0] - gradients[1]).abs().max() < 1e-6 * max(1.0, gradients[0].abs().max().item())
     assert norms[0] == pytest.approx(norms[1], rel=1e-6) and losses[0] == pytest.approx(losses[1], rel=1e-6)
 
@@ -82,9 +85,10 @@ def test_logged_loss_is_the_true_mean_over_rounds_and_steps():
 
     for _ in range(3):
         train_step(state, state.net, Recorded(patch_size=2), *make_batch(), encode, torch.Generator())
-    assert state.sums[-1] == 3 and len(wanted) == 6
-    assert state.sums[0].item() / 3 == pytest.approx(torch.cat(wanted).mean().item(), rel=1e-6)
-    assert state.sums[0].item() == pytest.approx((state.sums[1] + 0.1 * state.sums[2]).item(), rel=1e-6)
+    values = sums(state)
+    assert values["good_steps"] == 3 and len(wanted) == 6
+    assert values["loss"] / 3 == pytest.approx(torch.cat(wanted).mean().item(), rel=1e-6)
+    assert values["loss"] == pytest.approx(values["loss_denoising"] + 0.1 * values["loss_mae"], rel=1e-6)
 
 
 def test_step_is_a_function_of_seed_and_step():
@@ -142,9 +146,29 @@ def test_bad_step_is_skipped_and_left_out_of_the_mean():
     before = weights(state)
     train_step(state, state.net, make_loss(state), moments * float("nan"), labels, encode, torch.Generator())
     assert torch.equal(weights(state), before)
-    assert state.sums.tolist() == [0, 0, 0, 0, 0] and state.stepper.bad_steps.tolist() == [1, 1] and state.step == 1
+    assert set(sums(state).values()) == {0} and state.stepper.bad_steps.tolist() == [1, 1] and state.step == 1
     train_step(state, state.net, make_loss(state), moments, labels, encode, torch.Generator())
-    assert state.sums[-1] == 1 and torch.isfinite(state.sums).all() and not torch.equal(weights(state), before)
+    assert sums(state)["good_steps"] == 1 and torch.isfinite(state.sums).all() and not torch.equal(weights(state), before)
+
+
+class ThreeLosses(EDMLoss):
+    """Another term by name: the mean of what the network makes, with a weight of its own; and one without a weight."""
+
+    def __call__(self, net, latents, class_labels=None, mask_ratio=0.0, generator=None):
+        losses = super().__call__(net, latents, class_labels, mask_ratio, generator)
+        self.weights["drift"] = 0.25
+        return losses | {"drift": latents.mean(dim=(1, 2, 3)), "bias": torch.full((len(latents),), 2.0)}
+
+
+def test_any_loss_is_summed_by_its_weight_and_measured_under_its_name():
+    plain, state = make_state(), make_state()
+    train_step(plain, plain.net, make_loss(plain), *make_batch(), encode, torch.Generator())
+    train_step(state, state.net, ThreeLosses(patch_size=2), *make_batch(), encode, torch.Generator())
+    values = sums(state)
+    assert list(values) == ["loss", "loss_denoising", "loss_mae", "loss_drift", "loss_bias", "grad_norm", "good_steps"]
+    assert values["loss_bias"] == 2.0
+    assert values["loss"] == pytest.approx(sums(plain)["loss"] + 0.25 * values["loss_drift"] + 2.0, rel=1e-6)
+    assert torch.equal(weights(state), weights(plain))  # neither of the two has a gradient
 
 
 # ------------------------------------------------------------------------------------------------ the loop
@@ -175,9 +199,34 @@ def test_few_bad_steps_are_told_and_survived(latents, tmp_path, capsys):
     assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path) if line["step"] != 4)
 
 
+def test_a_log_line_of_bad_steps_alone_has_no_numbers(latents, tmp_path, capsys):
+    state = make_state(train__grad_accum=1, train__max_bad_steps=3)
+    assert fit(state, tmp_path, latents, spoil({3, 4}), StopNotice()) == 0
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        for key in ("loss", "loss_denoising", "loss_mae", "grad_norm"):
+            assert (line[key] is None) == (line["step"] == 4), (line["step"], key)
+    assert "step 4/12: no loss: every step since the last line was skipped, lr" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad, code", [(set(range(1, 13)), EXIT_BAD), (set(range(2, 9)), EXIT_BAD), (set(range(2, 8)), 0)])
+def test_a_run_most_of_whose_steps_failed_says_so_and_has_a_code_of_its_own(latents, tmp_path, capsys, bad, code):
+    state = make_state(train__grad_accum=1)
+    assert fit(state, tmp_path, latents, spoil(bad), StopNotice()) == code
+    said = capsys.readouterr().out
+    assert (f"WARNING: {len(bad)} of the run's 12 steps had NaN or Inf losses or gradients and changed nothing" in said) == (code == EXIT_BAD)
+
+
+def test_the_share_that_is_really_removed_is_logged(latents, tmp_path, capsys):
+    """16 patches cannot lose 99 %: one of them stays."""
+    state = make_state(train__mask_ratio=0.99, train__mask_ratio_fn="constant", train__max_num_steps=2)
+    assert fit(state, tmp_path, latents, encode, StopNotice()) == 0
+    assert metrics(tmp_path)[-1]["mask_ratio"] == 15 / 16 and "masked 94%" in capsys.readouterr().out
+
+
 def test_too_many_bad_steps_in_a_row_stop_the_run(latents, tmp_path):
     state = make_state(train__grad_accum=1, train__max_bad_steps=3, train__max_num_steps=40, log__log_every=10)
-    with pytest.raises(ValueError) as stopped:
+    with pytest.raises(UserError) as stopped:
         fit(state, tmp_path, latents, spoil(set(range(6, 10)) | {20}), StopNotice())  # healthy again before anyone looks
     said = str(stopped.value)
     assert said.startswith("steps 6 to 9 all had NaN or Inf losses or gradients. Last good checkpoint: ")
@@ -187,7 +236,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(latents, tmp_path):
 def test_collapsed_loss_scale_stops_the_run(latents, tmp_path):
     state = make_state(train__grad_accum=1, train__max_num_steps=40)
     state.stepper.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
-    with pytest.raises(ValueError, match="fp16's loss scale has fallen to 0.5 by step 6, after 3 skipped steps. Last good checkpoint: "):
+    with pytest.raises(UserError, match="fp16's loss scale has fallen to 0.5 by step 6, after 3 skipped steps. Last good checkpoint: "):
         fit(state, tmp_path, latents, spoil({2, 4, 6}), StopNotice())
 
 
@@ -223,6 +272,26 @@ def test_notice_during_evaluation_is_heard_after_it(latents, tmp_path):
     assert json.loads((tmp_path / "checkpoints" / "0000004.json").read_text())["step"] == 4
 
 
+@pytest.mark.parametrize("what", ["evaluate", "sample_grid"])
+def test_checkpoint_is_saved_before_what_looks_at_its_step(latents, tmp_path, what):
+    """A failure there costs no step; the resumed run makes up for it first."""
+    settings = {"eval__every": 4, "eval__ref_path": "x", "log__sample_every": 4}
+
+    def fail(net, step):
+        raise RuntimeError("no such sampler")
+
+    with pytest.raises(RuntimeError, match="no such sampler"):
+        fit(make_state(**settings), tmp_path, latents, encode, StopNotice(), **{what: fail})
+    content = torch.load(tmp_path / "checkpoints" / "0000004.pt", weights_only=True)
+    state, seen = make_state(**settings), []
+    state.resume(content)
+    assert fit(state, tmp_path, latents, encode, StopNotice(),
+               **{what: lambda net, step: seen.append(step) or ({"fid": 3.0} if what == "evaluate" else None)}) == 0
+    assert seen == [4, 8, 12]
+    assert [line["step"] for line in metrics(tmp_path) if "fid" in line] == (seen if what == "evaluate" else [])
+    assert [line["step"] for line in metrics(tmp_path) if "loss" in line] == [2, 4, 6, 8, 10, 12]
+
+
 def test_the_logged_rate_is_that_of_training_without_evaluations(latents, tmp_path, monkeypatch):
     seconds = [0.0]
     monkeypatch.setattr("training.loop.time.monotonic", lambda: seconds[0])
@@ -250,46 +319,10 @@ def test_interval_checkpoints_and_the_last_one_are_saved(latents, tmp_path):
 def test_settings_of_the_optimizer_are_those_of_the_config_after_a_resume(latents, tmp_path):
     state = make_state()
     fit(state, tmp_path, latents, encode, StopNotice())
-    other = make_state(train__weight_decay=0.5, train__betas="[0.8,0.9]", train__switch_off="[fused_adamw]")
+    other = make_state(train__weight_decay=0.5, train__betas="[0.8,0.9]")
     other.resume(torch.load(tmp_path / "checkpoints" / "0000012.pt", weights_only=True))
     group = other.optimizer.param_groups[0]
-    assert (group["weight_decay"], group["betas"], group["fused"], group["foreach"]) == (0.5, (0.8, 0.9), False, False)
-
-
-# ------------------------------------------------------------------------------------------------ speed-ups switched off
-
-SPEED_UPS = typing.get_args(SpeedUp)
-
-
-@pytest.fixture(scope="module")
-def fast_run(tiny_latents, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fast")
-    state = make_state(train__lr=1e-4)
-    assert fit(state, folder, open_latents(tiny_latents), encode, StopNotice()) == 0
-    return state, metrics(folder)
-
-
-@pytest.mark.parametrize("off", [*SPEED_UPS, ",".join(SPEED_UPS)])
-def test_a_run_without_speed_ups_has_the_same_numbers(fast_run, latents, tmp_path, off):
-    """Losses to 1e-5, weights to a hundredth of how far they went: float32 sums in another order, which AdamW's first steps enlarge."""
-    state = make_state(train__lr=1e-4, train__switch_off=f"[{off}]")
-    assert fit(state, tmp_path, latents, encode, StopNotice()) == 0
-    fast_state, fast_lines = fast_run
-    for line, wanted in zip(metrics(tmp_path), fast_lines, strict=True):
-        assert line == pytest.approx(wanted, rel=1e-5)
-    went = (weights(fast_state) - weights(make_state())).norm()
-    assert (weights(state) - weights(fast_state)).norm() < 0.01 * went
-    averages = [torch.cat([p.flatten() for p in s.ema.net.parameters()]) for s in (state, fast_state)]
-    assert (averages[0] - averages[1]).norm() < 0.01 * went
-
-
-def test_each_switch_turns_its_speed_up_off():
-    def together(state):
-        return len({p.untyped_storage().data_ptr() for p in state.ema.net.parameters()}) == 1
-
-    for look, name, on, off in ((lambda state: state.optimizer.param_groups[0]["fused"], "fused_adamw", True, False),
-                                (together, "foreach_ema", True, False)):
-        assert look(make_state()) == on and look(make_state(train__switch_off=f"[{name}]")) == off, name
+    assert (group["weight_decay"], group["betas"], group["fused"]) == (0.5, (0.8, 0.9), True)
 
 
 # ------------------------------------------------------------------------------------------------ compiled blocks
