@@ -81,7 +81,7 @@ def main():
         raise UserError(f"--num_process_per_node {args.num_process_per_node}: wanted at least 1")
     from utils import distributed
 
-    code = distributed.launch(__file__, sys.argv[1:], args.num_process_per_node)
+    code = distributed.launch(sys.argv[0], sys.argv[1:], args.num_process_per_node)
     if code is not None:
         return code
     distributed.init()

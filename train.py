@@ -42,7 +42,7 @@ def main():
     config = resolve_config(args, overrides)
     if not config.data.root:
         raise UserError("data.root is empty: give the folder of images, as in data.root=data/imagenet/train")
-    code = launch_if_asked(args, __file__, sys.argv[1:])
+    code = launch_if_asked(args, sys.argv[0], sys.argv[1:])
     return train(config, args, open_dataset, make_encode) if code is None else code
 
 

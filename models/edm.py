@@ -115,8 +115,10 @@ class EDMLoss:
         """
         sigma, noise, mask = self.draw(latents, mask_ratio, generator) if draws is None else draws
         noised = latents + sigma.reshape(-1, 1, 1, 1) * noise
-        denoised = net(noised, sigma, class_labels, mask=mask)
+        return self.terms(latents, noised, net(noised, sigma, class_labels, mask=mask), sigma, mask)
 
+    def terms(self, latents, noised, denoised, sigma, mask):
+        """The losses of one forward pass; a loss of one's own adds to them. latents, noised, denoised: (B, C, H, W)."""
         weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2
         error = patchify(denoised - latents, self.patch_size).square().mean(dim=2)  # (B, L)
         if mask is None:
