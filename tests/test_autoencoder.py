@@ -229,6 +229,9 @@ def test_sample_moments_has_the_posterior_mean_and_std():
     # log-variance -200 is clamped to -30: std 0.5 * exp(-15) = 1.5e-7
     assert 0 < (latents[:, 1] - 0.5 * (-2 - 0.25)).abs().max() < 1e-6
     assert torch.equal(latents, sample_moments(moments, torch.Generator().manual_seed(0), scale=0.5, shift=0.25))
+    # log-variance 200 is clamped to 20: std 0.5 * exp(10) = 11013; 30,000 draws, five standard errors are 2 %
+    wide = sample_moments(torch.tensor([0.0, 200.0]).view(1, 2, 1, 1).expand(3, 2, 100, 100), torch.Generator().manual_seed(0), scale=0.5)
+    assert wide.std().item() == pytest.approx(0.5 * 2.718281828**10, rel=0.03)
 
 
 def test_scale_and_shift_may_differ_by_channel(small):
