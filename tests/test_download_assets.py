@@ -144,7 +144,7 @@ def test_broken_transfer_goes_on_where_it_stopped(site, tmp_path, spoiled):
     fetch(site.serve("f", send(**spoiled), send()), tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == BODY
     first, second = site.ranges()
-    assert first is None
+    assert first is None and site.requests[1][1]["If-Range"] == '"v1"'
     # What the last chunk held when the line broke may be lost, no more.
     assert 100_000 - download.CHUNK_BYTES <= int(second.removeprefix("bytes=").rstrip("-")) <= 100_000
 
@@ -224,6 +224,13 @@ def test_killed_process_is_continued_by_the_next(site, tmp_path):
     fetch(url, tmp_path / "f")
     assert (tmp_path / "f").read_bytes() == BODY
     assert site.ranges() == [None, f"bytes={kept}-"]
+
+
+def test_bytes_are_on_disk_before_the_file_gets_its_name(site, tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(download, "flush_to_disk", lambda path: flushed.append((path.name, path.stat().st_size)))
+    fetch(site.serve("f", send()), tmp_path / "f")
+    assert flushed == [("f.part", len(BODY))]
 
 
 def test_finished_file_is_not_asked_for_again(site, tmp_path):

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import sys
 
 import pytest
@@ -68,6 +69,14 @@ def test_metrics_that_are_not_finite_are_null(tmp_path):
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text() == \
         '{"step": 1, "loss": null, "grad_norm": null, "lr": 0.0001, "loss_mae": null, "bad_steps": 1}\n'
+
+
+def test_tensorboard_forgets_the_steps_after_a_resume_and_no_other(tmp_path, monkeypatch):
+    purged = []
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", lambda folder, purge_step: purged.append(purge_step) or open(os.devnull))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"step": 9}\n')
+    RunLog(tmp_path, position=12, tensorboard=True).close()
+    assert purged == [8]
 
 
 def test_position_is_what_is_on_disk(tmp_path, monkeypatch):

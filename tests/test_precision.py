@@ -41,11 +41,15 @@ def test_auto_compiles_on_a_gpu_and_never_on_a_cpu():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_deterministic_kernels_are_asked_for_with_and_without_the_compiler(monkeypatch, compiled):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         precision.setup_backends(tf32=False, deterministic=True, compiled=compiled)
-        assert torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it flash attention's backward pass is not deterministic
     finally:
         torch.use_deterministic_algorithms(False)
