@@ -3,8 +3,10 @@
     python3 extract_latent.py IMAGES data/latents --vae assets/autoencoder_kl.pth --resolution 256 --xflip
 
 IMAGES: a folder with one sub-folder per class, a folder of images without classes, a zip of either (with or without the
-dataset.json of EDM's dataset tool), an npz (arr_0, labels), or an idx images file as of MNIST. Images are centre-cropped as
-in ADM. Several GPUs: torchrun --standalone --nproc_per_node 8 extract_latent.py ...
+dataset.json of EDM's dataset tool), an npz (arr_0, labels), or an idx images file as of MNIST. Images are turned as their EXIF
+says, brought to 8 bits (the upper byte of 16; floats must lie in 0..1), laid on white where they are transparent, and
+centre-cropped as in ADM. The set keeps the VAE's scale, shift and digest, so that sampling can tell a wrong VAE.
+Several GPUs: torchrun --standalone --nproc_per_node 8 extract_latent.py ...
 Interrupted, the same command goes on where it was; the result is the same to the byte.
 """
 

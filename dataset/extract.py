@@ -1,7 +1,7 @@
-"""Images through the encoder of a VAE into stored latents: threads decode ahead, one thread writes behind.
+"""Encode images with a VAE into stored latents. Threads decode ahead, one thread writes behind.
 
-What is written depends on the plan alone: images are cut into shards and shards into batches by their numbers, whatever
-was already there and however many processes share the shards.
+What is written depends on the plan alone: image numbers decide shards and batches, whatever was already there and however
+many processes share the work.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from utils.logging import Progress, format_seconds, say
 
 
 class Tally:
-    """Where the time of one process went, in seconds by name, and what it met (bad: names and errors of images that cannot be read)."""
+    """Where the time of one process went, in seconds by name. bad: [(name, error)] of the images that cannot be read."""
 
     def __init__(self):
         self.seconds = {"waiting for images": 0.0, "VAE": 0.0, "waiting for the disk": 0.0}
@@ -44,7 +44,7 @@ class Tally:
 
 
 def make_plan(images, vae, vae_name, vae_dtype, first, num_images, batch_size, dtype, shard_size):
-    """The `Plan` of encoding images first .. first+num_images-1 with the `Autoencoder` vae, here in float32.
+    """The `Plan` of encoding images first .. first+num_images-1 with the `Autoencoder` vae.
 
     vae_dtype, dtype: names of the types of the VAE's arithmetic and of the stored moments.
     num_images: None takes all from `first` on. Raises UserError if the range or the resolution does not fit.
@@ -113,7 +113,7 @@ def _encode_shards(images, vae, writer, shards, skip_bad, num_workers, tally):
 
 
 def _batches(plan, shard):
-    """The images of a shard in batches of image numbers; these numbers count from 0, whatever came before."""
+    """The image numbers of a shard, batch by batch."""
     numbers = range(plan.made_by["first"], plan.made_by["first"] + plan.num_images)
     shard_numbers = numbers[shard * plan.shard_size:(shard + 1) * plan.shard_size]
     size = plan.made_by["batch"]
@@ -144,7 +144,7 @@ def _decode(images, indices):
 
 
 def _encode_shard(decoded, shard, vae, plan, skip_bad, tally, progress):
-    """Arguments for `LatentWriter.write` after the shard, or None if it holds bad images and may not skip them."""
+    """What `LatentWriter.write` takes after the shard's number, or None if there are bad images that may not be skipped."""
     moments, mirrored, labels, bad = [], [], [], []
     for batch in _batches(plan, shard):
         with tally.timed("waiting for images"):

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.base import (MOMENTS_CHANNELS, FormatSet, LatentSet, check_not_cut, one_integer, open_npz, per_channel, read_npy, read_npz,
+from dataset.base import (MOMENTS_CHANNELS, FormatSet, check_not_cut, one_integer, open_npz, per_channel, read_npy, read_npz,
                           whole_number)
 from dataset.store import MANIFEST, PARTIAL, StoredLatents
 from dataset.webdataset import WebDatasetLatents
@@ -54,16 +54,28 @@ def find_latents(path):
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder (stored latents wanted)")
-    for reader, finds in READERS:
-        found = finds(path)
-        if found:
-            return reader(found)
+    if (path / MANIFEST).is_file() or (path / PARTIAL).is_dir():
+        return StoredLatents(path)
+    for file in [path] if path.suffix == ".mdb" else [path / "data.mdb", path / "train" / "data.mdb"]:
+        if file.is_file():
+            return LMDBLatents(file.resolve())  # one name per file: LMDB lets a process open it only once
+    for suffix, reader in ((".tar", WebDatasetLatents), (".safetensors", SafetensorsLatents)):
+        files = [path] if path.suffix == suffix and path.is_file() else _sorted_files(path, suffix)
+        if files:
+            return reader(files)
+    for features in sorted(path.glob("*_features")):
+        labels = features.with_name(features.name.removesuffix("_features") + "_labels")
+        if labels.is_dir():
+            return FeatureFolderLatents(features, labels)
+    folders = [folder for folder in _sorted_files(path) if folder.is_dir()]
+    if any(_sorted_files(folder, ".npz") for folder in folders):
+        return ClassFolderLatents(path, folders)
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) if path.is_dir() else "a file of another kind"
     raise UserError(f"{path}: no stored latents found in it ({inside or 'empty'}); wanted {MANIFEST}, data.mdb, *.tar, "
                     f"*.safetensors, *_features with *_labels, or class folders of .npz; extract_latent.py makes them of images")
 
 
-class LMDBLatents(LatentSet):
+class LMDBLatents(FormatSet):
     """MaskDiT's LMDB: `z-{i}` float32 moments [8, H, W], `y-{i}` ascii class, `length` ascii count of images.
 
     Mirrored copies, told by the key `z-{length}`, follow as i + length. Memory-mapped, read-only, without lock file.
@@ -76,7 +88,7 @@ class LMDBLatents(LatentSet):
         found = file.stat().st_size
         if found < self.num_bytes:  # reading past the end would kill the process (SIGBUS)
             raise UserError(f"{file} is cut short: {found} bytes, its page table wants {self.num_bytes}; fetch it again")
-        with environment.begin(buffers=True) as transaction:
+        with environment.begin() as transaction:
             self.num_images = whole_number(self._value(transaction, "length"), f"{file}: length")
             if self.num_images < 1:
                 raise UserError(f"{file}: length says {self.num_images} images")
@@ -91,22 +103,19 @@ class LMDBLatents(LatentSet):
             raise UserError(f"{self.file}: no key {key}; is this a set of latents, and complete?")
         return value
 
-    def _read_samples(self, indices, out):
-        wanted = 4 * math.prod(self.sample_shape)
-        if len(indices):
-            check_not_cut(self.file, self.num_bytes, int(indices[0]))
-        with _environment(self.file).begin(buffers=True) as transaction:
-            for row, index in zip(out, indices.tolist()):
-                value = self._value(transaction, f"z-{index}")
-                if len(value) != wanted:
-                    raise UserError(f"{self.file}: z-{index} has {len(value)} bytes, wanted {wanted} "
-                                    f"(float32 {self.sample_shape})")
-                row.reshape(-1)[:] = np.frombuffer(value, np.float32)
+    def _array(self, image, mirrored):
+        key = f"z-{image + self.num_images if mirrored else image}"
+        check_not_cut(self.file, self.num_bytes, image)
+        with _environment(self.file).begin() as transaction:
+            value = self._value(transaction, key)
+        if len(value) != 4 * math.prod(self.sample_shape):
+            raise UserError(f"{self.file}: {key} has {len(value)} bytes, wanted {4 * math.prod(self.sample_shape)} "
+                            f"(float32 {self.sample_shape})")
+        return np.frombuffer(value, np.float32).reshape(self.sample_shape), key
 
-    def _read_labels(self, image_indices):
-        with _environment(self.file).begin(buffers=True) as transaction:
-            return np.array([whole_number(self._value(transaction, f"y-{index}"), f"{self.file}: y-{index}")
-                             for index in image_indices.tolist()], np.int64)
+    def _label(self, image):
+        with _environment(self.file).begin() as transaction:
+            return whole_number(self._value(transaction, f"y-{image}"), f"{self.file}: y-{image}")
 
 
 _environments = {}  # file -> (process id, open LMDB environment); LMDB lets a process open a file only once
@@ -211,9 +220,9 @@ class SafetensorsLatents(FormatSet):
         tensor = self._slice(shard, key)[place]
         return (tensor if self.dtype == np.float16 else tensor.float()).numpy(), f"{self.files[shard]}: {key}"
 
-    def _read_labels(self, image_indices):
-        places = [self._place(image) for image in image_indices.tolist()]
-        return np.array([self._slice(shard, "labels")[place].item() for shard, place in places], np.int64)
+    def _label(self, image):
+        shard, place = self._place(image)
+        return self._slice(shard, "labels")[place].item()
 
 
 class FeatureFolderLatents(FormatSet):
@@ -222,8 +231,7 @@ class FeatureFolderLatents(FormatSet):
     Its latents are already multiplied by 0.18215, so scale is 1 here.
     """
 
-    def __init__(self, folders):
-        features, labels = folders
+    def __init__(self, features, labels):
         self.name = str(features)
         self.features = {file.name: file for file in _sorted_files(features, ".npy")}
         self.labels = {file.name: file for file in _sorted_files(labels, ".npy")}
@@ -244,9 +252,9 @@ class FeatureFolderLatents(FormatSet):
         array = read_npy(file.read_bytes(), file)
         return array[0] if array.ndim == 4 and array.shape[0] == 1 else array, file
 
-    def _read_labels(self, image_indices):
-        files = [self.labels[self.names[image]] for image in image_indices.tolist()]
-        return np.array([one_integer(read_npy(file.read_bytes(), file), file) for file in files], np.int64)
+    def _label(self, image):
+        file = self.labels[self.names[image]]
+        return one_integer(read_npy(file.read_bytes(), file), file)
 
 
 class ClassFolderLatents(FormatSet):
@@ -257,14 +265,12 @@ class ClassFolderLatents(FormatSet):
 
     always_moments = True
 
-    def __init__(self, path):
+    def __init__(self, path, folders):
         self.name = str(path)
-        folders = _class_folders(path)
-        self.class_names = [folder.name for folder in folders]
-        self.num_classes = len(folders)
-        listed = [(file, label) for label, folder in enumerate(folders) for file in _sorted_files(folder, ".npz")]
-        self.files = [file for file, _ in listed]
-        self.labels = np.array([label for _, label in listed], np.int64)
+        self.class_names, self.num_classes = [folder.name for folder in folders], len(folders)
+        files_of = [_sorted_files(folder, ".npz") for folder in folders]
+        self.files = [file for files in files_of for file in files]
+        self.labels = np.repeat(np.arange(len(folders)), [len(files) for files in files_of])
         self.num_images = len(self.files)
         with open_npz(self.files[0]) as members:
             self.holds_mirrored = "moments_flip" in members
@@ -278,59 +284,14 @@ class ClassFolderLatents(FormatSet):
         with open_npz(file) as members:
             return read_npz(file, members, key), f"{file}: {key}"
 
-    def _read_labels(self, image_indices):
-        return self.labels[image_indices]
+    def _label(self, image):
+        return self.labels[image]
 
 
-def _find_own(path):
-    return path if path.is_dir() and ((path / MANIFEST).is_file() or (path / PARTIAL).is_dir()) else None
-
-
-def _find_lmdb(path):
-    files = [path] if path.suffix == ".mdb" else [path / "data.mdb", path / "train" / "data.mdb"]
-    return next((file.resolve() for file in files if file.is_file()), None)  # one name per file: it may be open only once
-
-
-def _find_files(suffix):
-    def find(path):
-        if path.is_file():
-            return [path] if path.suffix == suffix else None
-        return _sorted_files(path, suffix)
-    return find
-
-
-def _find_features(path):
-    for features in sorted(path.glob("*_features")):
-        labels = features.with_name(features.name.removesuffix("_features") + "_labels")
-        if labels.is_dir():
-            return features, labels
-    return None
-
-
-def _find_class_folders(path):
-    return path if path.is_dir() and any(_sorted_files(folder, ".npz") for folder in _class_folders(path)) else None
-
-
-READERS = (
-    (StoredLatents, _find_own),
-    (LMDBLatents, _find_lmdb),
-    (WebDatasetLatents, _find_files(".tar")),
-    (SafetensorsLatents, _find_files(".safetensors")),
-    (FeatureFolderLatents, _find_features),
-    (ClassFolderLatents, _find_class_folders),
-)
-
-
-def _class_folders(path):
-    return sorted((entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")),
-                  key=lambda folder: folder.name)
-
-
-def _sorted_files(folder, suffix):
-    """Files of the folder with this suffix, by name; names that are numbers by their value."""
-    with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.endswith(suffix) and not entry.name.startswith(".")]
+def _sorted_files(folder, suffix=""):
+    """What in the folder has this suffix, by name; names that are numbers by their value. Nothing if it is no folder."""
     def order(name):
         stem = name.removesuffix(suffix)
-        return (0, int(stem), name) if stem.isdecimal() else (1, 0, name)
-    return [Path(folder, name) for name in sorted(names, key=order)]
+        return (0, int(stem), name) if suffix and stem.isdecimal() else (1, 0, name)
+    names = os.listdir(folder) if folder.is_dir() else []
+    return [folder / name for name in sorted(names, key=order) if name.endswith(suffix) and not name.startswith(".")]

@@ -232,45 +232,36 @@ class ArrayImages(ImageSet):
 
     def image(self, index):
         height, width = self.array.shape[1:3]
-        if self.pad and max(height, width) <= self.resolution < 2 * min(height, width):
-            return _padded(self.picture(index), self.resolution)
-        return super().image(index)
-
-
-def _padded(image, size):
-    """(H, W, 3) -> (3, size, size) with an even black border."""
-    top, left = (size - image.shape[0]) // 2, (size - image.shape[1]) // 2
-    square = np.zeros((3, size, size), np.uint8)
-    square[:, top:top + image.shape[0], left:left + image.shape[1]] = image.transpose(2, 0, 1)
-    return square
+        if not self.pad or not max(height, width) <= self.resolution < 2 * min(height, width):
+            return super().image(index)
+        top, left = (self.resolution - height) // 2, (self.resolution - width) // 2
+        square = np.zeros((3, self.resolution, self.resolution), np.uint8)
+        square[:, top:top + height, left:left + width] = self.picture(index).transpose(2, 0, 1)
+        return square
 
 
 def open_images(path, resolution=None, xflip=False, num_classes=None):
     """The `ImageSet` at `path`: a folder, a .zip, a .npz, an idx images file, or a folder with one such file.
 
-    resolution: pixels of a side after the centre crop; None gives images at their own size, without labels where they are files.
+    resolution: pixels of a side after the centre crop. None: images at their own size, of files without labels.
     xflip: sample i + N is image i mirrored. num_classes: what the model expects (None or 0: not checked).
     Raises UserError if there are no images or they do not fit together.
     """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder (images wanted)")
-    return _open_source(path, resolution, xflip).expect_classes(num_classes)
-
-
-def _open_source(path, resolution, xflip):
     if path.is_dir():
         idx_files = sorted(path.glob("*idx3-ubyte*"))
         if len(idx_files) > 1:
             raise UserError(f"{path} holds several idx sets ({', '.join(file.name for file in idx_files)}); name one of the files")
-        return _open_idx(idx_files[0], resolution, xflip) if idx_files else FolderImages(path, resolution, xflip)
-    if path.suffix == ".zip":
-        return ZipImages(path, resolution, xflip)
-    if path.suffix == ".npz":
-        return _open_npz(path, resolution, xflip)
-    if "idx3-ubyte" in path.name:
-        return _open_idx(path, resolution, xflip)
-    raise UserError(f"{path}: wanted a folder of images, a .zip, a .npz with arr_0, or an idx3-ubyte file")
+        opens, path = (_open_idx, idx_files[0]) if idx_files else (FolderImages, path)
+    elif "idx3-ubyte" in path.name:
+        opens = _open_idx
+    elif path.suffix in (".zip", ".npz"):
+        opens = {".zip": ZipImages, ".npz": _open_npz}[path.suffix]
+    else:
+        raise UserError(f"{path}: wanted a folder of images, a .zip, a .npz with arr_0, or an idx3-ubyte file")
+    return opens(path, resolution, xflip).expect_classes(num_classes)
 
 
 def _open_idx(path, resolution, xflip):

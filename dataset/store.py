@@ -13,8 +13,9 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ FORMAT, VERSION = "maskdit-latents", 1
 MANIFEST, PARTIAL, PLAN = "manifest.json", ".partial", "plan.json"
 DTYPES = ("float16", "float32")
 SHARD_SIZE = 4096  # samples: 64 MiB of float16 moments at 256 px, and the most that an interruption costs
-HEADER = 4096      # bytes, more than the header of any .npy file here
+NPY_HEADER = 4096  # bytes; no .npy file here has a longer one
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,19 @@ class Plan:
     vae_digest: str = ""
 
     def __post_init__(self):
-        if self.num_images < 1 or self.shard_size < 1:
-            raise UserError(f"num_images={self.num_images} and shard_size={self.shard_size} must be at least 1")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r} is unknown; wanted one of {', '.join(DTYPES)}")
-        if self.class_names and len(self.class_names) != self.num_classes:
-            raise ValueError(f"{len(self.class_names)} class names for num_classes={self.num_classes}")
+        def check(fits, key, wanted):
+            if not fits:
+                raise UserError(f"{key}={_short(getattr(self, key))}, wanted {wanted}")
+
+        for key, least in (("num_images", 1), ("shard_size", 1), ("num_classes", 0)):
+            check(type(getattr(self, key)) is int and getattr(self, key) >= least, key, f"a whole number from {least}")
+        shape = self.sample_shape
+        check(len(shape) == 3 and all(type(n) is int and n > 0 for n in shape) and shape[0] % 2 == 0, "sample_shape", "[2C, H, W]")
+        check(self.dtype in DTYPES, "dtype", " or ".join(DTYPES))
+        check(type(self.mirrored) is bool, "mirrored", "true or false")
+        check(len(self.class_names) in (0, self.num_classes), "class_names", f"{self.num_classes} names or none")
+        for key in ("scale", "shift"):
+            per_channel(key, getattr(self, key), shape[0] // 2)
 
     @property
     def num_shards(self):
@@ -260,7 +268,8 @@ def read_manifest(path):
     if kind != (FORMAT, VERSION):
         raise UserError(f"{file} is of format and version {kind}, wanted {(FORMAT, VERSION)}")
     try:
-        _check_manifest(manifest)
+        plan = Plan(**{key.name: manifest[key.name] for key in fields(Plan) if key.name in manifest})
+        _check_shards(plan, manifest["shards"])
     except UserError as error:
         raise UserError(f"{file}: {error}; restore the file or make the set again") from None
     except (KeyError, TypeError, AttributeError) as error:  # a key is missing, or a list where a number is due
@@ -268,33 +277,20 @@ def read_manifest(path):
     return manifest
 
 
-def _check_manifest(manifest):
-    """Raise UserError, or what a wrong structure leads to, unless the numbers are sane and fit one another.
+def _check_shards(plan, shards):
+    """Raise UserError, or what a wrong structure leads to, unless the shards add up to the plan and their files to the shards.
 
-    Together with the files' sizes this bounds num_images, so that no number makes a reader ask for more memory than there is data.
+    The files' sizes are checked too, so no number in a manifest makes a reader ask for more memory than there is data.
     """
-    def check(fits, key, wanted):
-        if not fits:
-            raise UserError(f"{key}={_short(manifest[key])}, wanted {wanted}")
-
-    shape, shards = manifest["sample_shape"], manifest["shards"]
-    check(len(shape) == 3 and all(type(n) is int and n > 0 for n in shape) and shape[0] % 2 == 0, "sample_shape", "[2C, H, W]")
-    check(manifest["dtype"] in DTYPES, "dtype", " or ".join(DTYPES))
-    check(type(manifest["mirrored"]) is bool, "mirrored", "true or false")
-    check(type(manifest["num_classes"]) is int and manifest["num_classes"] >= 0, "num_classes", "a whole number")
-    check(len(manifest["class_names"]) in (0, manifest["num_classes"]), "class_names", f"{manifest['num_classes']} names or none")
-    check(type(manifest["num_images"]) is int and manifest["num_images"] == sum(shard["count"] for shard in shards), "num_images",
-          "the sum of the shards' counts")
-    for name in ("scale", "shift"):
-        per_channel(name, manifest[name], shape[0] // 2)
-    sizes = {"moments": int(np.prod(shape, dtype=object)) * np.dtype(manifest["dtype"]).itemsize, "labels": 8}
-    if manifest["mirrored"]:
-        sizes["mirrored"] = sizes["moments"]
+    sizes = {"moments": math.prod(plan.sample_shape) * np.dtype(plan.dtype).itemsize, "labels": 8}  # bytes of one sample
+    sizes |= {"mirrored": sizes["moments"]} if plan.mirrored else {}
     for number, shard in enumerate(shards):
-        bytes_of = {name: entry["bytes"] for name, entry in shard["files"].items()}
-        fits = bytes_of.keys() == {f"{kind}-{number:05d}.npy" for kind in sizes} and type(shard["count"]) is int and shard["count"] >= 0
-        if not fits or not all(0 < bytes_of[f"{kind}-{number:05d}.npy"] - size * shard["count"] <= HEADER for kind, size in sizes.items()):
-            raise UserError(f"shard {number} counts {_short(shard['count'])} samples, which its files {_short(bytes_of)} do not fit")
+        found = {name: entry["bytes"] for name, entry in shard["files"].items()}
+        least = {f"{kind}-{number:05d}.npy": size * shard["count"] for kind, size in sizes.items()}
+        if found.keys() != least.keys() or not all(0 < found[name] - least[name] <= NPY_HEADER for name in least):
+            raise UserError(f"shard {number} counts {_short(shard['count'])} samples, which its files {_short(found)} do not fit")
+    if plan.num_images != sum(shard["count"] for shard in shards):
+        raise UserError(f"num_images={plan.num_images}, wanted the sum of the shards' counts")
 
 
 def _mapped(file, shape, dtype):

@@ -28,7 +28,7 @@ def stream_indices(num_samples, seed, start, count):
     Raises ValueError if there are no samples.
     """
     if num_samples < 1:
-        raise UserError(f"num_samples={num_samples}: an empty set has no stream")
+        raise ValueError(f"num_samples={num_samples}: an empty set has no stream")
     parts, position = [], start
     while position < start + count:
         epoch, offset = divmod(position, num_samples)
@@ -44,17 +44,17 @@ class BatchStream:
     Rank r's batch number k holds the positions start + (k * world_size + r) * batch_size .. + batch_size - 1 of the stream
     of `stream_indices`. Samples keep the type they are stored in; labels are int64.
 
-    num_workers: threads that each prepare whole batches (0 counts as 1; image decoding uses as many as there are).
-    prefetch: batches that are ready or in work ahead of the one in use, beyond one for each further thread; 0: none, a batch is
-        read when it is asked for.
-    On a GPU, batches travel from pinned memory on a stream of their own. An error in a thread is raised at the batch it
-    concerns. Use it as a context manager, or call `close`.
+    num_workers: threads that each prepare whole batches (0 counts as 1); decoding images keeps several busy.
+    prefetch: batches that one thread keeps ready ahead of the one in use; each further thread adds one. 0: a batch is read when it
+        is asked for.
+    On a GPU, batches are copied from pinned memory on a stream of their own. An error in a thread is raised when its batch is
+    asked for. Use it as a context manager, or call `close`.
     """
 
     def __init__(self, dataset, batch_size, seed, rank=0, world_size=1, start=0, device="cpu", num_workers=0, prefetch=2):
         if batch_size < 1 or not 0 <= rank < world_size or start < 0 or prefetch < 0:
-            raise UserError(f"batch_size={batch_size} must be at least 1, start={start} and prefetch={prefetch} at least 0, "
-                            f"rank={rank} within world_size={world_size}")
+            raise ValueError(f"batch_size={batch_size} must be at least 1, start={start} and prefetch={prefetch} at least 0, "
+                             f"rank={rank} within world_size={world_size}")
         if not len(dataset):
             raise UserError(f"{dataset.name} holds no samples")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
@@ -65,7 +65,7 @@ class BatchStream:
         self.depth = prefetch + num_threads - 1 if prefetch else 0
         self.next_batch = 0
         self.pending = deque()
-        # A new thread stands on GPU 0, where leaving the copy stream would make a context for each process.
+        # Threads default to GPU 0: set the device, or each process opens a context there.
         own_gpu = {"initializer": torch.cuda.set_device, "initargs": (self.copy_stream.device,)} if self.copy_stream is not None else {}
         self.pool = ThreadPoolExecutor(num_threads, thread_name_prefix="data", **own_gpu)
 
@@ -74,7 +74,7 @@ class BatchStream:
 
     def __next__(self):
         if self.pool is None:
-            raise UserError("this BatchStream is closed")
+            raise ValueError("this BatchStream is closed")
         while len(self.pending) <= self.depth:
             self.pending.append(self.pool.submit(self._load, self.next_batch))
             self.next_batch += 1
@@ -82,12 +82,12 @@ class BatchStream:
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(copied)
-            samples.record_stream(current)  # allocated on the copy stream: not to be reused while `current` reads it
+            samples.record_stream(current)  # allocated on the copy stream: keeps the memory while `current` reads it
             labels.record_stream(current)
         return samples, labels
 
     def close(self):
-        """Stop reading ahead; waits for the batches in work."""
+        """Stop reading ahead. Waits for batches that are being read."""
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
             self.pending.clear()

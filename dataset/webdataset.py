@@ -35,8 +35,7 @@ class WebDatasetLatents(FormatSet):
 
     ROLES = {
         "moments": ("moments.npy", "latents.npy", "latent.npy", "npy", "moments", "latents", "latent"),
-        "mirrored moments": ("moments_flip.npy", "latents_flip.npy", "latent_flip.npy",
-                             "moments_flip", "latents_flip", "latent_flip"),
+        "mirrored moments": tuple(f"{name}_flip{suffix}" for suffix in (".npy", "") for name in ("moments", "latents", "latent")),
         "label": ("cls", "label", "cls.txt", "label.txt", "cls.npy", "label.npy", "json"),
     }
 

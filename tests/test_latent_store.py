@@ -77,7 +77,8 @@ def test_impossible_values_in_a_manifest_are_told(tmp_path, key, value):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda shard: shard.update(count=10 ** 9 - 7), "num_images=11, wanted the sum"),
+    (lambda shard: shard.update(count=10 ** 9 - 7), "shard 1 "),
+    (lambda shard: shard.update(count=3), "num_images=11, wanted the sum"),
     (lambda shard: shard["files"].pop("labels-00001.npy"), "shard 1 "),
     (lambda shard: shard["files"].update({"../other": {"bytes": 3, "sha256": ""}}), "shard 1 "),
     (lambda shard: shard["files"]["moments-00001.npy"].update(bytes=10 ** 12), "shard 1 "),
@@ -254,7 +255,7 @@ def test_wrong_shards_are_refused_and_write_nothing(tmp_path, damage, message):
 
 @pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"num_images": 0}, {"shard_size": 0}, {"num_classes": 4}])
 def test_impossible_plans_are_refused(change):
-    with pytest.raises(ValueError, match="dtype|num_images|shard_size|class names"):
+    with pytest.raises(ValueError, match="dtype=|num_images=|shard_size=|class_names="):
         make_plan(**change)
 
 
