@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import subprocess
@@ -19,11 +20,22 @@ from utils.files import make_folder, told, write_whole
 GEMM_SIZE = {"cpu": 2048, "cuda": 8192}  # large enough that memory does not limit the product
 
 
-def make_parser(text, rounds=None):
-    """An argument parser with what all benchmarks take; rounds: the default number, None for what measures nothing."""
+def make_parser(text, rounds=None, settings=False, arms=()):
+    """An argument parser with what all benchmarks take.
+
+    rounds: their default number, None for what measures nothing. settings: with keys of the config. arms: those of a comparison of
+    networks; its cases are the products of the lists.
+    """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         add_round_arguments(parser, rounds)
+    if settings:
+        parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="more settings, as model.in_size=64")
+    if arms:
+        parser.add_argument("--arms", nargs="+", default=arms[:3], choices=arms, help="default: the first three")
+        parser.add_argument("--sizes", nargs="+", default=["S/2"], help="of the paper's table, as S/2 B/2 XL/2")
+        parser.add_argument("--amp", nargs="+", default=["bf16"], choices=("no", "bf16", "fp16"))
+        parser.add_argument("--batchsize", nargs="+", type=int, default=[8])
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     return parser
 
@@ -97,7 +109,7 @@ def alternate(arms, args, device, memory=False, clock=None):
 
 
 def watch_memory(run, device):
-    """(what run() returns, the most bytes of tensors that it needed at once, the bytes that it left). A CPU's are counted by torch's profiler."""
+    """(what run() returns, the most bytes of tensors that it needed at once, the bytes that it left)."""
     import torch
 
     if device.type == "cuda":
@@ -105,6 +117,7 @@ def watch_memory(run, device):
         before = torch.cuda.memory_allocated(device)
         result = run()
         return result, torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+    # on a CPU torch's profiler counts them
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as observed:
         result = run()
     changes = [event for event in observed.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -192,8 +205,7 @@ def device_name(device):
 
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
-    lines = CPU_INFO.read_text().splitlines() if CPU_INFO.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")] or [platform.machine()]
+    names = re.findall(r"model name\s*: (.+)", CPU_INFO.read_text()) if CPU_INFO.is_file() else [platform.machine()]
     return f"CPU {names[0]}, {torch.backends.cpu.get_cpu_capability()}, {'with' if native_bf16(device) else 'without'} bf16 instructions"
 
 
@@ -213,15 +225,20 @@ def _text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_latents(folder, dtype, moments, labels, num_classes):
-    """Store moments (N, 2C, H, W) and labels as extract_latent.py does."""
+def write_random_latents(folder, samples, shape, dtype, num_classes):
+    """Store random moments (samples, *shape) and labels as extract_latent.py does; returns them."""
+    import numpy as np
+
     from dataset.store import LatentWriter, Plan
 
-    writer = LatentWriter(folder, Plan(len(moments), moments.shape[1:], dtype, False, num_classes, (), 0.18215, 0.0, ""))
+    rng = np.random.default_rng(0)
+    moments, labels = rng.standard_normal((samples, *shape), np.float32), rng.integers(max(1, num_classes), size=samples)
+    writer = LatentWriter(folder, Plan(samples, shape, dtype, False, num_classes, (), 0.18215, 0.0, ""))
     for shard in writer.pending():
         part = writer.plan.shard_range(shard)
         writer.write(shard, moments[part.start:part.stop], labels[part.start:part.stop])
     writer.finish()
+    return moments, labels
 
 
 def write_json(path, device, **content):

@@ -24,17 +24,15 @@ def parse_arguments(argv=None):
 
 
 def write_photographs(folder, count):
-    """JPEGs with the spectrum of photographs: noise at several scales. About 100 kB each, as ImageNet's are."""
+    """JPEGs of smooth noise, about 100 kB each, as ImageNet's photographs are."""
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)
+    (folder / "class").mkdir(parents=True)
     for i in range(count):
-        layers = [Image.fromarray(rng.integers(0, 256, (375 // step + 2, 500 // step + 2, 3), np.uint8)).resize((500, 375), Image.BICUBIC)
-                  for step in (3, 12, 50, 200)]
-        photograph = np.mean([np.asarray(layer, np.float32) for layer in layers], axis=0)
-        (folder / f"{i % 4}").mkdir(exist_ok=True, parents=True)
-        Image.fromarray(photograph.astype(np.uint8)).save(folder / f"{i % 4}" / f"{i}.jpg", quality=95)
+        noise = Image.fromarray(rng.integers(0, 256, (125, 167, 3), np.uint8))
+        noise.resize((500, 375), Image.BICUBIC).save(folder / "class" / f"{i}.jpg", quality=90)
 
 
 def measure(images, vae, folder, args):

@@ -1,4 +1,4 @@
-"""fid/ beside pytorch-fid: images per second, Frechet distances per second at d = 2048, memory.
+"""Images per second and memory of fid/'s Inception features, beside pytorch-fid's.
 
     python -m benchmarks.fid --json benchmarks/results/fid.json
 
@@ -7,9 +7,9 @@ process, and so does a large float32 matrix product, which tells how much arithm
 batch of images takes at once. pytorch-fid comes with requirements-test.txt.
 """
 
-import os
 import sys
 import tempfile
+from pathlib import Path
 
 from benchmarks.common import alternate, gemm_arm, make_parser, report, speedup, spread, start
 from utils.cli import PROJECT_ROOT, run
@@ -24,7 +24,7 @@ def parse_arguments(argv=None):
     return parser.parse_args(argv)
 
 
-def make_features(weights, images):
+def make_arms(weights, images):
     """{side: function that computes pooled features of uint8 images (B, H, W, 3), as the side is used}."""
     import pytorch_fid.inception as peer
     import torch
@@ -41,44 +41,26 @@ def make_features(weights, images):
     return {"fid": lambda: ours(images), "pytorch-fid": features}
 
 
-def make_distances(num=6000):
-    """{side: function that computes the distance of two sets of `num` features with a falling spectrum, as FID sees them}."""
-    import numpy as np
-    from pytorch_fid.fid_score import calculate_frechet_distance
-
-    from fid.metrics import frechet_distance
-
-    rng = np.random.default_rng(0)
-    parts = []
-    for shift in (0.0, 0.1):
-        features = rng.standard_normal((num, 2048)) * np.linspace(0.05, 1, 2048) ** 2 + shift
-        parts += [features.mean(0), np.cov(features, rowvar=False)]
-    return {"fid": lambda: frechet_distance(*parts), "pytorch-fid": lambda: calculate_frechet_distance(*parts)}
-
-
 def main():
     args = parse_arguments()
-    os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = str(args.threads)  # before numpy starts its threads
     start(args)
     import torch
 
     sys.path.append(str(PROJECT_ROOT / "tests"))
     from fid_helpers import random_images, random_inception
 
-    device, rows = torch.device("cpu"), []
+    device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
-        weights = os.path.join(folder, "weights.pth")
+        weights = Path(folder) / "weights.pth"
         torch.save(random_inception(), weights)
-        features = make_features(weights, random_images(args.batch, args.size, args.size))
+        arms = make_arms(weights, random_images(args.batch, args.size, args.size))
     product, product_flops = gemm_arm(device, "no")
-    for task, amount, arms in (("features, images/s", args.batch, features), ("distances/s", 1, make_distances())):
-        measured = alternate(arms | {"product": product}, args, device, memory=True)
-        rows.append({"task": task, "times faster": speedup(measured, "pytorch-fid", "fid"),
-                     "matrix product, GFLOP/s": spread([product_flops / 1e9 / seconds for seconds in measured["product"]["seconds"]])}
-                    | {side: spread([amount / seconds for seconds in measured[side]["seconds"]]) for side in SIDES}
-                    | {f"MiB, {side}": measured[side]["peak_bytes"] and measured[side]["peak_bytes"] / 2**20 for side in SIDES})
-    report(args, device, rows, ("task", *SIDES, "times faster", "matrix product, GFLOP/s", *(f"MiB, {side}" for side in SIDES)),
-           batch=args.batch, size=args.size)
+    measured = alternate(arms | {"product": product}, args, device, memory=True)
+    rows = [{"side": side, "images/s": spread([args.batch / seconds for seconds in measured[side]["seconds"]]),
+             "x pytorch-fid": speedup(measured, "pytorch-fid", side),
+             "MiB": measured[side]["peak_bytes"] and measured[side]["peak_bytes"] / 2**20} for side in SIDES]
+    gflops = spread([product_flops / 1e9 / seconds for seconds in measured["product"]["seconds"]])
+    report(args, device, rows, ("side", "images/s", "x pytorch-fid", "MiB"), product_gflops=gflops, batch=args.batch, size=args.size)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import make_parser, report, spread, start, write_latents
+from benchmarks.common import make_parser, report, spread, start, write_random_latents
 from utils.cli import run
 
 SHAPE, NUM_CLASSES, BATCH = (8, 32, 32), 1000, 128
@@ -26,18 +26,14 @@ def parse_arguments(argv=None):
 def write_sets(folder, samples):
     """The same random moments as LMDB and as stored latents of both types, in folders of these names."""
     import lmdb
-    import numpy as np
 
-    rng = np.random.default_rng(0)
-    moments = rng.standard_normal((samples, *SHAPE), np.float32)
-    labels = rng.integers(0, NUM_CLASSES, samples)
+    for dtype in ("float16", "float32"):
+        moments, labels = write_random_latents(folder / dtype, samples, SHAPE, dtype, NUM_CLASSES)
     with lmdb.open(str(folder / "lmdb"), map_size=2 * moments.nbytes + (1 << 26)) as environment:
         with environment.begin(write=True) as transaction:
             for i in range(samples):
                 transaction.put(f"z-{i}".encode(), moments[i].tobytes())
                 transaction.put(f"y-{i}".encode(), str(labels[i]).encode())
-    for dtype in ("float16", "float32"):
-        write_latents(folder / dtype, dtype, moments, labels, NUM_CLASSES)
 
 
 class PublishedWay:
@@ -69,9 +65,9 @@ def make_arms(folder, samples):
             yield from itertools.islice(stream, samples // BATCH)
 
     published, order = PublishedWay(folder / "lmdb"), stream_indices(samples, 0, 0, samples).tolist()
-    arms = {f"published, {workers} worker processes": lambda workers=workers: iter(DataLoader(published, BATCH, sampler=order, num_workers=workers))
-            for workers in (0, 1)}
-    return arms | {f"ours, {dtype}": lambda dtype=dtype: ours(dtype) for dtype in ("float16", "float32")}
+    return {"published, in process": lambda: iter(DataLoader(published, BATCH, sampler=order)),
+            "published, one worker": lambda: iter(DataLoader(published, BATCH, sampler=order, num_workers=1)),
+            "ours, float16": lambda: ours("float16"), "ours, float32": lambda: ours("float32")}
 
 
 def rate(batches):

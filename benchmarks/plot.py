@@ -3,7 +3,7 @@
     python -m benchmarks.plot benchmarks/results/train_cpu_arms.json            # draws train_cpu_arms.png beside it
     python -m benchmarks.plot A.json B.json --output both.png
 
-One group of bars per model, precision, batch and mask ratio, one bar per arm. Memory is drawn where it was measured.
+One bar per case and arm. Memory is drawn where it was measured.
 """
 
 import argparse
@@ -22,49 +22,37 @@ def parse_arguments(argv=None):
 
 
 def read(files):
-    """(device, {"img/s" or "GB": {group: {arm: number}}}). Raises UserError for a file that is missing or no result of benchmarks/train.py."""
-    devices, found = set(), {"img/s": {}, "GB": {}}
+    """(device, {label: row}). Raises UserError for a file that is missing or no result of benchmarks/train.py."""
+    devices, bars = set(), {}
     for path in files:
         try:
             content = json.loads(path.read_text())
             devices.add(content["device"])
             for row in content["rows"]:
-                group = f"{row['model']}, {row['masked']:.0%} masked\n{row['amp']}, batch {row['batch']}"
-                for quantity, groups in found.items():
-                    groups.setdefault(group, {})[row["arm"]] = row[quantity]
+                label = f"{row['model']} {row['amp']} {row['batch']}, {row['masked']:.0%} masked: {row['arm']}"
+                bars[label] = {"training images/s": row["img/s"], "peak memory, GB": row["GB"]}
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; give a file that benchmarks.train wrote with --json") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no result of benchmarks/train.py ({error!r})") from error
-    if len(devices) != 1 or not found["img/s"]:
+    if len(devices) != 1 or not bars:
         raise UserError(f"wanted steps that were measured on one device, got {', '.join(sorted(devices)) or 'none'}")
-    return devices.pop(), found
-
-
-def draw_bars(axis, groups, ylabel):
-    arms = list(dict.fromkeys(arm for group in groups.values() for arm in group))
-    width = 0.8 / len(arms)
-    for number, arm in enumerate(arms):
-        places = [i + width * (number - (len(arms) - 1) / 2) for i, group in enumerate(groups.values()) if arm in group]
-        axis.bar(places, [group[arm] for group in groups.values() if arm in group], 0.92 * width, label=arm)
-    axis.set_xticks(range(len(groups)), list(groups), fontsize=8)
-    axis.set_ylabel(ylabel)
-    axis.legend(fontsize=8)
+    return devices.pop(), bars
 
 
 def main():
     args = parse_arguments()
-    device, found = read(args.files)
+    device, bars = read(args.files)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    if None in [number for group in found["GB"].values() for number in group.values()]:
-        del found["GB"]
     path = args.output or args.files[0].with_suffix(".png")
-    figure = Figure(figsize=(5.0 * len(found), 4.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(10.0, 1.5 + 0.3 * len(bars)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for axis, (quantity, groups) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
-        draw_bars(axis, groups, {"img/s": "training images/s", "GB": "peak memory, GB"}[quantity])
+    for axis, quantity in zip(figure.subplots(1, 2, sharey=True), ("training images/s", "peak memory, GB")):
+        axis.barh(list(bars), [numbers[quantity] or 0 for numbers in bars.values()])
+        axis.set_xlabel(quantity)
+    axis.invert_yaxis()
     figure.suptitle(device, fontsize=9)
     with told(path):
         figure.savefig(path, format="png")

@@ -45,7 +45,7 @@ def plain_block(block, tokens, c):
 
 
 def plain_network(net, x, c_noise, one_hot, ids_keep=None, ids_restore=None):
-    """net: a `models.MaskDiT` with classes and decoder. x: (B, C, H, W). one_hot: (B, num_classes). ids_keep: (B, K), ids_restore: (B, L)."""
+    """net: a `models.MaskDiT` with classes and decoder. one_hot: (B, num_classes). ids_keep: (B, K). ids_restore: (B, L)."""
     angles = c_noise[:, None] * torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
     hidden = F.silu(plain_linear(net.t_embedder.mlp[0], torch.cat([angles.cos(), angles.sin()], dim=1)))
     c = plain_linear(net.t_embedder.mlp[2], hidden) + plain_linear(net.y_embedder.embedding_table, one_hot)

@@ -19,14 +19,9 @@ COLUMNS = ("model", "amp", "steps", "cfg", "batch", "arm", "ms", "img/s", "TFLOP
 
 
 def parse_arguments(argv=None):
-    parser = make_parser(__doc__, rounds=3)
-    parser.add_argument("--sizes", nargs="+", default=["S/2"], help="of the paper's table, as S/2 B/2 XL/2")
-    parser.add_argument("--amp", nargs="+", default=["no", "bf16"], choices=("no", "bf16", "fp16"))
+    parser = make_parser(__doc__, rounds=3, settings=True, arms=ARMS)
     parser.add_argument("--num_steps", nargs="+", type=int, default=[40], help="sampler steps (default 40)")
     parser.add_argument("--cfg_scale", nargs="+", type=float, default=[1.5], help="1 is off (default 1.5)")
-    parser.add_argument("--batchsize", nargs="+", type=int, default=[4])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="more settings, as model.in_size=64")
     return parser.parse_args(argv)
 
 

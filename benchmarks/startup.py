@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import make_parser, report, spread, start, write_latents
+from benchmarks.common import make_parser, report, spread, start, write_random_latents
 from utils.cli import PROJECT_ROOT, run
 from utils.config import load_config
 
@@ -25,31 +25,22 @@ ENDED = "process ended"
 
 
 def parse_arguments(argv=None):
-    parser = make_parser(__doc__, rounds=7)
-    parser.add_argument("--config", type=Path, default=PROJECT_ROOT / "configs/demo/fashion-mnist.yaml", help="of the training run (default: the demo's)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="more settings, as model.depth=2")
+    parser = make_parser(__doc__, rounds=7, settings=True)
+    parser.add_argument("--config", default="configs/demo/fashion-mnist.yaml", help="of the training run (default: the demo's)")
     parser.add_argument("--compile", action="store_true", help="with compiled blocks")
     return parser.parse_args(argv)
 
 
 def make_arms(args, folder):
     """{name: (arguments of Python, {moment: start of the line that is printed then})}. Sampling takes the training's checkpoint."""
-    train = ["--config", str(args.config), *args.set, f"data.root={folder / 'latents'}", "data.xflip=false", f"log.results_dir={folder}",
-             "log.exp_name=run", f"train.max_num_steps={NUM_STEPS}", "log.log_every=1", "log.sample_every=0", f"train.compile={args.compile}"]
+    train = ["--config", args.config, *args.set, f"data.root={folder / 'latents'}", "data.xflip=false", f"log.results_dir={folder}",
+             "log.exp_name=run", "log.log_every=1", "log.sample_every=0", f"train.max_num_steps={NUM_STEPS}",
+             f"train.compile={args.compile}"]
     sample = ["--ckpt_path", str(folder / "run/checkpoints" / f"{NUM_STEPS:07d}.pt"), "--seeds", "0", "--vae", "assets/demo-vae",
               "--outdir", str(folder / "samples"), f"sample.compile={args.compile}"]
     return {"train_latent.py --help": (["train_latent.py", "--help"], {}), "generate.py --help": (["generate.py", "--help"], {}),
             "train_latent.py": (["train_latent.py", *train], {"first step": "step 1/", "last step": f"step {NUM_STEPS}/"}),
             "generate.py": (["generate.py", *sample], {"first image": "1 images"})}
-
-
-def write_random_latents(folder, config):
-    """Random moments of the shape that the config's model takes."""
-    import numpy as np
-
-    rng, model = np.random.default_rng(0), config.model
-    moments = rng.standard_normal((NUM_SAMPLES, 2 * model.in_channels, model.in_size, model.in_size), np.float32)
-    write_latents(folder, "float32", moments, rng.integers(max(1, model.num_classes), size=NUM_SAMPLES), model.num_classes)
 
 
 def launch(arguments, moments, environment):
@@ -68,11 +59,12 @@ def launch(arguments, moments, environment):
 
 def main():
     args = parse_arguments()
-    device, config = start(args), load_config(args.config, args.set)
+    device, model = start(args), load_config(PROJECT_ROOT / args.config, args.set).model
     seconds = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_random_latents(folder / "latents", config)
+        shape = (2 * model.in_channels, model.in_size, model.in_size)
+        write_random_latents(folder / "latents", NUM_SAMPLES, shape, "float32", model.num_classes)
         environment = {"OMP_NUM_THREADS": str(args.threads), "TORCHINDUCTOR_CACHE_DIR": str(folder / "compiler")}
         for _ in range(1 + args.rounds):
             for result in ("run", "samples"):
@@ -80,7 +72,8 @@ def main():
             for name, (arguments, moments) in make_arms(args, folder).items():
                 for moment, value in launch(arguments, moments, environment).items():
                     seconds.setdefault((name, moment), []).append(value)
-    rows = [{"command": name, "moment": moment, "first s": values[0], "s": spread(values[1:])} for (name, moment), values in seconds.items()]
+    rows = [{"command": name, "moment": moment, "first s": values[0], "s": spread(values[1:])}
+            for (name, moment), values in seconds.items()]
     report(args, device, rows, ("command", "moment", "first s", "s"), compiled=args.compile)
 
 

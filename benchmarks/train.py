@@ -24,14 +24,9 @@ COLUMNS = ("model", "masked", "amp", "batch", "arm", "ms", "img/s", "TFLOP/s", "
 
 
 def parse_arguments(argv=None):
-    parser = make_parser(__doc__, rounds=5)
-    parser.add_argument("--sizes", nargs="+", default=["S/2"], help="of the paper's table, as S/2 B/2 XL/2")
+    parser = make_parser(__doc__, rounds=5, settings=True, arms=ARMS)
     parser.add_argument("--mask_ratio", nargs="+", type=float, default=[0.5])
-    parser.add_argument("--amp", nargs="+", default=["bf16"], choices=("no", "bf16", "fp16"))
-    parser.add_argument("--batchsize", nargs="+", type=int, default=[8])
-    parser.add_argument("--arms", nargs="+", default=["plain", "ours", "compiled"], choices=ARMS)
     parser.add_argument("--deterministic", action="store_true", help="deterministic kernels only, the default of training")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="more settings, as model.in_size=64")
     return parser.parse_args(argv)
 
 
@@ -43,50 +38,35 @@ def cases_of(args):
 def case_config(args, case, arm):
     masked = 0.0 if arm in ("unmasked", "dit") else case["masked"]
     return load_config(overrides=[
-        f"model.model_type=DiT-{case['model']}", f"train.mask_ratio={masked}", f"train.amp={case['amp']}", f"train.batchsize={case['batch']}",
-        f"model.use_decoder={arm != 'dit'}", f"train.compile={arm == 'compiled'}", *args.set])
+        f"model.model_type=DiT-{case['model']}", f"model.use_decoder={arm != 'dit'}", f"train.mask_ratio={masked}",
+        f"train.amp={case['amp']}", f"train.batchsize={case['batch']}", f"train.compile={arm == 'compiled'}", *args.set])
 
 
-def make_inputs(config, device):
-    """(network, moments (B, 2C, H, W), class labels (B,)): random, the same for all arms."""
+def make_training(config, arm, device):
+    """(TrainState or PlainTraining, function that does one step of `arm`). Weights and data are random, the same for all arms."""
     import torch
 
-    from models import build_model
-
-    torch.manual_seed(0)
-    train, model = config.train, config.model
-    net = build_model(**model_arguments(config)).to(device)
-    moments = torch.randn(train.batchsize, 2 * model.in_channels, model.in_size, model.in_size, device=device)
-    return net, moments, torch.randint(model.num_classes, (train.batchsize,), device=device)
-
-
-def make_training(config, device):
-    """(TrainState, function that does one step)."""
-    import torch
-
-    from models import sample_moments
+    from benchmarks.reference import PlainTraining
+    from models import build_model, sample_moments
     from training.loop import TrainState, make_loss, train_step
     from utils.precision import compile_options, use_compile
 
-    net, moments, labels = make_inputs(config, device)
-    if use_compile(config.train.compile, device):
-        net.compile_blocks(**compile_options(config.train))
-    state, loss, generator = TrainState(net, config, device), make_loss(config.train, net), torch.Generator(device)
+    torch.manual_seed(0)
+    train, model, generator = config.train, config.model, torch.Generator(device)
+    net = build_model(**model_arguments(config)).to(device)
+    moments = torch.randn(train.batchsize, 2 * model.in_channels, model.in_size, model.in_size, device=device)
+    labels = torch.randint(model.num_classes, (train.batchsize,), device=device)
+    if arm == "plain":
+        training = PlainTraining(net, train, device)
+        return training, lambda: training.step(sample_moments(moments, generator), labels, generator)
+    if use_compile(train.compile, device):
+        net.compile_blocks(**compile_options(train))
+    state, loss = TrainState(net, config, device), make_loss(train, net)
     return state, lambda: train_step(state, net, loss, moments, labels, sample_moments, generator)
 
 
 def make_arm(config, arm, device):
-    """A function that does one training step of `arm`."""
-    import torch
-
-    from benchmarks.reference import PlainTraining
-    from models import sample_moments
-
-    if arm != "plain":
-        return make_training(config, device)[1]
-    net, moments, labels = make_inputs(config, device)
-    training, generator = PlainTraining(net, config.train, device), torch.Generator(device)
-    return lambda: training.step(sample_moments(moments, generator), labels, generator)
+    return make_training(config, arm, device)[1]
 
 
 def image_flops(config):

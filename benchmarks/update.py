@@ -3,7 +3,8 @@
     python -m benchmarks.update --size S/2 --batchsize 8 --json benchmarks/results/update.json
 
 Training waits for `copy`, which takes weights, EMA and moments to host memory, and for nothing else of a checkpoint. `step beside` is the
-step after it, while the checkpoint is written; `rest` is what is then left until it is flushed to disk. All by the wall clock, in turn.
+step after it, while the checkpoint is written (to TMPDIR); `rest` is what is then left until it is flushed to disk. All by the wall clock,
+in turn.
 """
 
 import copy
@@ -19,11 +20,9 @@ COMPARED = {"AdamW": "AdamW, plain", "EMA": "EMA, plain", "copy": "step", "step 
 
 
 def parse_arguments(argv=None):
-    parser = make_parser(__doc__, rounds=11)
+    parser = make_parser(__doc__, rounds=11, settings=True)
     parser.add_argument("--size", default="S/2", help="of the paper's table (default %(default)s)")
     parser.add_argument("--batchsize", type=int, default=8, help="images per step (default %(default)s)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="more settings, as model.in_size=64")
-    parser.add_argument("--folder", type=Path, help="where to write the checkpoints (default: a temporary folder)")
     return parser.parse_args(argv)
 
 
@@ -35,7 +34,7 @@ def make_arms(config, device, folder):
     from training.checkpoint import CheckpointWriter
     from training.loop import TrainState
 
-    state, step = make_training(config, device)
+    state, step = make_training(config, "ours", device)
     plain, ours = PlainTraining(state.net, config.train, device), TrainState(copy.deepcopy(state.net), config, device)
     for parameter in (*plain.net.parameters(), *ours.net.parameters()):
         if parameter.requires_grad:
@@ -48,9 +47,9 @@ def make_arms(config, device, folder):
 
 def main():
     args = parse_arguments()
-    config = load_config(overrides=[f"model.model_type=DiT-{args.size}", f"train.batchsize={args.batchsize}", "train.compile=false", *args.set])
+    config = load_config(overrides=[f"model.model_type=DiT-{args.size}", f"train.batchsize={args.batchsize}", *args.set])
     device = start(args)
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         arms = make_arms(config, device, Path(folder))
         measured = alternate(arms, args, device, clock=make_clock(device, threads=None))
     rows = [{"what": name, "ms": spread(entry["seconds"], 1000), "compared with": COMPARED.get(name),

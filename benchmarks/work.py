@@ -42,9 +42,9 @@ def model_flops(config, mask_ratio=0.0, training=False):
 
 
 def kept_bytes(config, mask_ratio, amp, batch):
-    """(bytes that autograd keeps for the backward pass of a batch, weights not counted; of them the inputs of the blocks; number of blocks).
+    """(bytes that autograd keeps for the backward pass of a batch; of them the inputs of the blocks; number of blocks).
 
-    Without activation checkpointing, whatever the config says.
+    Weights are not counted. Without activation checkpointing, whatever the config says.
     Half precision is counted with float16, in which attention on a CPU is one kernel, as it is on a GPU, and keeps the same tensors.
     """
     kept, block_inputs = {}, []

@@ -108,3 +108,13 @@ def test_a_wrong_setting_is_told_before_any_work(monkeypatch):
     monkeypatch.setattr(train, "make_arm", None)
     with pytest.raises(UserError, match="model.depth"):
         common.measure_cases(args, CPU, train.cases_of(args), train.case_config, None, None, ())
+
+
+def test_random_latents_are_a_set_that_training_reads(tmp_path):
+    from dataset.formats import open_latents
+
+    moments, labels = common.write_random_latents(tmp_path / "set", 5, (8, 6, 6), "float32", 3)
+    latents = open_latents(tmp_path / "set", num_classes=3)
+    stored, stored_labels = latents.read([4, 0])
+    assert len(latents) == 5 and latents.sample_shape == (8, 6, 6)
+    assert (stored == moments[[4, 0]]).all() and (stored_labels == labels[[4, 0]]).all()

@@ -16,7 +16,7 @@ MOST_LINES = {
     "utils": 1600,  # to 1,500
     ".": 790,  # to 480
     "scripts": 420,  # to 330
-    "benchmarks": 2050,  # to 1,200
+    "benchmarks": 1200,
 }
 MOST_LINES_IN_ALL = 8900  # without benchmarks, experiments and tests; to 7,000
 LONGEST_FILE = 600  # to 350

@@ -3,7 +3,6 @@
 import pytest
 
 from benchmarks import startup
-from utils.config import load_config
 
 
 def launch(code, moments, **environment):
@@ -35,12 +34,3 @@ def test_sampling_takes_the_checkpoint_of_the_training(tmp_path, switch):
     assert f"log.results_dir={tmp_path}" in train and "log.exp_name=run" in train
     assert str(tmp_path / "run/checkpoints/0000003.pt") in sample
     assert f"train.compile={bool(switch)}" in train and f"sample.compile={bool(switch)}" in sample
-
-
-def test_written_latents_fit_the_config(tmp_path):
-    from dataset.formats import open_latents
-
-    config = load_config(startup.parse_arguments([]).config)
-    startup.write_random_latents(tmp_path / "set", config)
-    latents = open_latents(tmp_path / "set", num_classes=config.model.num_classes)
-    assert len(latents) == startup.NUM_SAMPLES and latents.sample_shape == (8, 8, 8)
