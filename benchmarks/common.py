@@ -205,7 +205,7 @@ def device_name(device):
 
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, {torch.cuda.get_device_properties(device).total_memory / 2**30:.0f} GiB"
-    names = re.findall(r"model name\s*: (.+)", CPU_INFO.read_text()) if CPU_INFO.is_file() else [platform.machine()]
+    names = re.findall(r"model name\s*: (.+)", CPU_INFO.read_text() if CPU_INFO.is_file() else "") or [platform.machine()]
     return f"CPU {names[0]}, {torch.backends.cpu.get_cpu_capability()}, {'with' if native_bf16(device) else 'without'} bf16 instructions"
 
 
