@@ -134,6 +134,10 @@ def test_generate_refuses_bad_input_in_one_line(arguments, message):
     (["train.lrr=1"], "did you mean 'train.lr'"),
     (["data.root=x", "train.batchsize=3", "train.grad_accum=2"], "train.batchsize=3"),
     ([], "assets/imagenet_256_latent_lmdb"),
+    (["--exp_name", "a/b"], "log.exp_name='a/b' is a name"),
+    (["--ckpt_pth", "x.pt"], "did you mean --ckpt_path?"),
+    (["sample.num_steps=["], "sample.num_steps=[ is not valid YAML"),
+    ([f"train.seed={2**64}"], "must be at least 0 and below 18446744073709551616"),
     (["--num_process_per_node", "2", "--master_port", "99999999"], "--master_port 99999999"),
 ])
 def test_training_refuses_bad_input_in_one_line(arguments, message, tmp_path):

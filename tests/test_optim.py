@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from training.optim import Stepper, learning_rate, make_optimizer, mask_ratio
-from utils.config import MASK_SCHEDULES, TrainConfig
+from utils.schema import MASK_SCHEDULES, TrainConfig
 
 CPU = torch.device("cpu")
 

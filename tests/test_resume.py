@@ -8,7 +8,7 @@ import pytest
 import torch
 from training_runs import assert_same_run, command_line, metrics
 
-from training.checkpoint import find_latest
+from training.checkpoint import find_latest, write_checkpoint
 
 EXIT_STOPPED = 75
 
@@ -134,6 +134,19 @@ def test_changed_settings_are_told_and_another_model_is_refused(runs, tiny_laten
     codes, said = runs.start(command_line(tiny_latents, tmp_path, model__width=32), tmp_path / "out.txt")
     assert codes == [2] and "holds a run of another model: model.width 16 -> 32" in said
     assert not (tmp_path / "run" / "run.lock").exists()
+
+
+def test_run_of_an_older_version_goes_on_and_keys_that_are_gone_are_told(runs, tiny_latents, tmp_path):
+    arguments = command_line(tiny_latents, tmp_path, log__sample_every=4)
+    run_to_the_end(runs, [*arguments, "train.max_num_steps=4"], tmp_path / "out.txt")
+    newest = find_latest(tmp_path / "run" / "checkpoints")
+    checkpoint = torch.load(newest, weights_only=True)
+    checkpoint["config"]["train"] |= {"switch_off": [], "token_multiple": 1}
+    checkpoint["config"]["sample"] |= {"solver_set": "edm", "solver": "heun", "scaling": "none"}
+    write_checkpoint(newest, checkpoint)
+    codes, said = runs.start(arguments, tmp_path / "out.txt")
+    assert codes == [0] and "without effect today: train.switch_off, train.token_multiple" in said
+    assert "settings changed since the checkpoint: train.max_num_steps 4 -> 12\n" in said
 
 
 def test_shorter_log_is_told_and_does_not_stop_the_run(runs, tiny_latents, tmp_path):

@@ -8,9 +8,10 @@ import os
 import socket
 from pathlib import Path
 
-from utils.cli import StopNotice, UserError, str_to_bool
-from utils.config import load_config, model_arguments, to_dict, to_yaml
+from utils.cli import StopNotice, UserError, parse_with_overrides, str_to_bool
+from utils.config import from_dict, gone_keys, load_config, model_arguments, to_dict, to_yaml
 from utils.files import make_folder
+from utils.schema import check, notes
 
 
 def parse_arguments(description, argv=None):
@@ -39,7 +40,7 @@ def parse_arguments(description, argv=None):
     parser.add_argument("--no_amp", action="store_true", help="train in float32: the same as train.amp=no")
     parser.add_argument("--exp_name", help="the same as log.exp_name=...: the folder of the run")
     parser.add_argument("--results_dir", help="the same as log.results_dir=...: where the folders of runs are")
-    return parser.parse_known_args(argv)
+    return parse_with_overrides(parser, argv)
 
 
 def resolve_config(args, overrides):
@@ -53,7 +54,9 @@ def resolve_config(args, overrides):
     if args.results_dir:
         log["results_dir"] = args.results_dir
     log.setdefault("exp_name", config.log.exp_name or Path(args.config).stem)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train), log=dataclasses.replace(config.log, **log))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train), log=dataclasses.replace(config.log, **log))
+    check(config)
+    return config
 
 
 def launch_if_asked(args, script, argv):
@@ -141,6 +144,8 @@ def _train(config, args, folder, open_dataset, make_encode, device, notice):
             (folder / "config.yaml").write_text(to_yaml(config))
             forget_after(folder, state.step)
         describe(state, dataset, folder)
+        for note in notes(config, "train", "sample"):
+            say(note)
         code = fit(state, folder, dataset, encode, notice, sample_grid, evaluate)
         if distributed.is_main():
             draw_loss_curve(folder)
@@ -267,9 +272,12 @@ def _tell_changes(config, checkpoint, folder):
     from utils import distributed
     from utils.logging import say
 
-    then, now = checkpoint["config"], to_dict(config)
-    changed = {f"{section}.{key}": f"{then[section][key]} -> {value}" for section in now if section in then and section != "log"
-               for key, value in now[section].items() if key in then[section] and then[section][key] != value}
+    then, now = to_dict(from_dict(checkpoint["config"], forgive=True)), to_dict(config)
+    gone = gone_keys(checkpoint["config"])
+    if gone:
+        say(f"the run was begun by an older version; without effect today: {', '.join(gone)}")
+    changed = {f"{section}.{key}": f"{then[section][key]} -> {value}" for section in now if section != "log"
+               for key, value in now[section].items() if then[section][key] != value}
     other_model = [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]
     if other_model:
         raise UserError(f"{folder} holds a run of another model: {', '.join(other_model)}; "

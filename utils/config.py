@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from utils.cli import UserError
-from utils.schema import (KEYS, MASK_SCHEDULES, SECTIONS, Config, EvalConfig, ModelConfig, SampleConfig,  # noqa: F401
-                          TrainConfig, check)
+from utils.schema import KEYS, SECTIONS, Config, check
 
-GONE = {"sample.solver_set": "set sample.sampler instead"}  # keys of older versions, and what to do about them
+GONE = {"sample.solver_set": "set sample.sampler instead", "train.switch_off": "leave it out", "train.cuda_graphs": "leave it out",
+        "train.token_multiple": "leave it out"}  # keys of older versions, and what to do about them
 
 
 def load_config(path=None, overrides=(), base=None):
