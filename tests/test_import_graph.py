@@ -127,7 +127,7 @@ def test_light_modules_do_not_load_torch():
 
 WATCH = """
 import importlib, json, os, random, signal, sys, threading
-import numpy, torch
+import numpy, torch, torchvision  # which names a folder for compiled code in the environment
 def state():
     backends = torch.backends
     return {
