@@ -1,5 +1,6 @@
 """`python -m fid`: its three forms, one process and several, and how it ends when something is wrong."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from fid_helpers import TinyInception, measure, random_images, random_inception
+from PIL import Image
 
 from fid import __main__ as cli
 from fid import embeddings
 from fid.metrics import METRICS
 from fid.statistics import FeatureStream
 from utils import cli as script
+from utils.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -187,3 +190,40 @@ def test_places_where_a_reference_cannot_go_are_told_before_any_work(run, monkey
     with pytest.raises(ValueError, match=message):
         run("ref", "--data", "real.npz", "--dest", dest)
     assert Path("real.npz").read_bytes() == before
+
+
+@pytest.mark.parametrize("command, message", [
+    (("ref", "--data", "real.npz", "--dest", "out/ref.npz"), "out/ref.npz cannot be written .No space left on device."),
+    (("calc", "--images", "samples.npz", "--ref", "real.npz", "--metrics", "fid", "--json", "out/a.json"), "out/a.json cannot be written .No sp"),
+    (("calc", "--images", "samples.npz", "--ref", "real.npz", "--metrics", "fid", "--neighbours", "out/n.png"), "out/n.png cannot be written .N"),
+])
+def test_full_disk_is_one_line_and_leaves_the_old_file(run, monkeypatch, command, message):
+    """Every write of the temporary file ends as on a full disk; the file of an earlier run stays as it was."""
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    path = Path(command[-1])
+    path.parent.mkdir()
+    path.write_text("of an earlier run")
+    for module, name in ((np, "savez"), (Path, "write_text"), (Image.Image, "save")):
+        monkeypatch.setattr(module, name, full)
+    with pytest.raises(UserError, match=message) as caught:
+        run(*command)
+    assert "\n" not in str(caught.value)
+    assert path.read_text() == "of an earlier run" and [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_keep_beyond_the_set_is_told_as_keep_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(FeatureStream, "add_source", lambda *args: pytest.fail("work began"))
+    with pytest.raises(UserError, match="real.npz: --keep asks for 41 images, it has 40; give 1 to 40"):
+        run("ref", "--data", "real.npz", "--dest", "ref.npz", "--keep", 41)
+    with pytest.raises(UserError, match="real.npz: --num asks for 0 images"):
+        run("ref", "--data", "real.npz", "--dest", "ref.npz", "--num", 0)
+    with pytest.raises(UserError, match="real.npz: 1 images, a covariance needs at least 2"):
+        run("ref", "--data", "real.npz", "--dest", "ref.npz", "--num", 1)
+
+
+def test_kept_images_are_a_random_choice_in_file_order(run):
+    run("ref", "--data", "real.npz", "--dest", "ref.npz", "--keep", 15, "--seed", 3)
+    real, kept = (np.load(name)["arr_0"] for name in ("real.npz", "ref.npz"))
+    places = [int(np.flatnonzero((real == image).all((1, 2, 3)))[0]) for image in kept]
+    assert len(places) == 15 and places == sorted(set(places)) and places != list(range(15))

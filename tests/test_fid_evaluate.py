@@ -10,6 +10,7 @@ from fid_helpers import TinyInception, measure, random_images
 
 from fid import evaluate, metrics, statistics
 from fid.evaluate import Evaluator, Reference
+from utils.cli import UserError
 
 SAMPLES = random_images(60, 8, 8, seed=1).numpy()
 REAL = random_images(50, 8, 8, seed=2).numpy()
@@ -199,6 +200,31 @@ def test_statistics_of_other_features_are_told(tmp_path):
     np.savez(path, mu=np.zeros(5), sigma=np.eye(5))
     with pytest.raises(ValueError, match="statistics of 5 features, inception has 8"):
         Evaluator(path, metrics=("fid",), embedding=TinyInception())
+
+
+def test_features_that_are_not_finite_are_told():
+    """From damaged weights; without the check every number would be NaN, or that of another set."""
+    embedding = TinyInception()
+    embedding.projection[3, 2] = np.nan
+    evaluator = Evaluator(REAL, metrics=("fid",), embedding=embedding)
+    with pytest.raises(UserError, match="inception: features of batch 4 hold NaN or infinity; its weights are damaged"):
+        evaluator.add(SAMPLES, 4)
+
+
+def test_float_images_are_told():
+    """NaN cannot be hidden in uint8: who converts has to look for it first."""
+    with pytest.raises(UserError, match=r"got float32 .60, 8, 8, 3., wanted uint8"):
+        Evaluator(REAL, metrics=("fid",), embedding=TinyInception()).add(SAMPLES.astype(np.float32), 0)
+
+
+def test_a_metric_is_added_by_one_line(monkeypatch):
+    monkeypatch.setitem(metrics.METRICS, "shift", metrics.Metric(
+        lambda evaluator: {"": float(abs(evaluator.pool.mean() - evaluator.reference.pool.mean())), "_count": len(evaluator.pool)},
+        "Shift", "shift", images=True))
+    numbers = measured(metrics="fid, shift")["numbers"]
+    pools = [TinyInception()(images).mean() for images in (SAMPLES, REAL)]
+    assert numbers["Shift"] == pytest.approx(float(abs(pools[0] - pools[1])), rel=1e-5) and numbers["Shift_count"] == 60
+    assert set(measure(SAMPLES, REAL, metrics="shift", embedding="pixels")["numbers"]) == {"shift-pixels", "shift-pixels_count"}
 
 
 def test_mixed_sizes_between_batches_are_told():
