@@ -51,10 +51,9 @@ def parse_args(argv):
     if len(argv) >= 2 and argv[0] not in COMMANDS and not argv[0].startswith("-") and not argv[1].startswith("-"):
         argv = ["calc", "--ref", argv[0], "--images", argv[1], *argv[2:]]
     args = build_parser().parse_args(argv)
-    if args.batch < 1:
-        raise UserError(f"--batch is {args.batch}, wanted at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed is {args.seed}, wanted 0 or more")
+    for option, least in (("batch", 1), ("seed", 0)):
+        if getattr(args, option) < least:
+            raise UserError(f"--{option} is {getattr(args, option)}, wanted at least {least}")
     check_outputs(args)
     return args
 

@@ -224,12 +224,10 @@ def hash_file(path):
 @contextlib.contextmanager
 def full_precision(device):
     """Float32 arithmetic without TF32, bfloat16 or autocast, whatever the caller set; the settings are put back after."""
-    backends = torch.backends
-    if hasattr(backends.cuda.matmul, "fp32_precision"):  # torch >= 2.9
-        holders, name, exact = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.conv,
-                                backends.mkldnn.matmul), "fp32_precision", "ieee"
-    else:
-        holders, name, exact = (backends.cuda.matmul, backends.cudnn), "allow_tf32", False
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    new = hasattr(cuda.matmul, "fp32_precision")  # torch >= 2.9
+    name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
+    holders = (cuda.matmul, cudnn.conv, mkldnn.conv, mkldnn.matmul) if new else (cuda.matmul, cudnn)
     saved = [getattr(holder, name) for holder in holders]
     matmul_precision = torch.get_float32_matmul_precision()
     try:
@@ -240,5 +238,5 @@ def full_precision(device):
     finally:
         for holder, value in zip(holders, saved):
             setattr(holder, name, value)
-        if name == "allow_tf32":  # put back as True, it turns "medium" into "high"
+        if not new:  # put back as True, it turns "medium" into "high"
             torch.set_float32_matmul_precision(matmul_precision)

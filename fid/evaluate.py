@@ -284,6 +284,5 @@ def check_neighbours(source, reference):
         raise UserError(f"--neighbours needs reference images and {reference.name} holds statistics only (no arr_0); "
                         "give an ADM batch or an image set")
     if source.size != reference.images.size:
-        theirs, ours = (f"{width}x{height}" for width, height in (source.size, reference.images.size))
-        raise UserError(f"--neighbours shows both side by side, but samples are {theirs} and reference images {ours}; "
-                        "give reference images of the samples' size")
+        raise UserError(f"--neighbours shows both side by side, but samples are {source.size} and reference images "
+                        f"{reference.images.size} pixels; give reference images of the samples' size")

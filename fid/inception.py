@@ -65,11 +65,7 @@ def make_network():
 
 
 class InceptionTrunk(nn.Module):
-    """The layers up to the features, for inference: each BatchNorm is folded into its convolution.
-
-    net: what make_network returns, with weights; it is used up. `stem` and `trunk` together make the features, so that a caller can
-    give them different numbers of images at a time.
-    """
+    """The layers up to the features, of a network with weights, for inference: each BatchNorm is folded into its convolution."""
 
     def __init__(self, net):
         super().__init__()

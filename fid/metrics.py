@@ -195,9 +195,7 @@ def kid(reference_pool, sample_pool, num_subsets=KID_SUBSETS, subset_size=KID_SU
 class Metric:
     """compute(evaluator) gives the number, or {suffix of its name: number}; it may append to evaluator.warnings.
 
-    It finds gaussians {tap: (mu, sigma)} and pool, features (N, d) in file order, in the evaluator and in evaluator.reference;
-    and evaluator.seed for random choices.
-
+    The evaluator and its `reference` have gaussians {tap: (mu, sigma)} and pool, features (N, d) in file order; `seed` is for choices.
     title: its name on Inception features. other: its name on other features, followed by theirs; "" if it is defined on Inception only.
     tap: the Gaussians that it compares, "pool" or "spatial"; "" if it looks at the pool of the samples.
     images: it looks at the pool of the reference, which takes images. least: images that each side needs.
@@ -214,10 +212,6 @@ class Metric:
         return self.title if embedding == "inception" else f"{self.other}-{embedding}"
 
 
-def _distance(evaluator, tap):
-    return frechet_distance(*evaluator.reference.gaussians[tap], *evaluator.gaussians[tap])
-
-
 def _inception_score(evaluator):
     """The score in file order, with a warning if that order is what makes it low."""
     pool = evaluator.pool
@@ -230,17 +224,12 @@ def _inception_score(evaluator):
     return score
 
 
-def _kid(evaluator):
-    mean, deviation = kid(evaluator.reference.pool, evaluator.pool, seed=evaluator.seed)
-    return {"": mean, "_std": deviation}
-
-
 METRICS = {
-    "fid": Metric(lambda e: _distance(e, "pool"), "FID", "FD", tap="pool"),
-    "sfid": Metric(lambda e: _distance(e, "spatial"), "sFID", tap="spatial"),
+    "fid": Metric(lambda e: frechet_distance(*e.reference.gaussians["pool"], *e.gaussians["pool"]), "FID", "FD", tap="pool"),
+    "sfid": Metric(lambda e: frechet_distance(*e.reference.gaussians["spatial"], *e.gaussians["spatial"]), "sFID", tap="spatial"),
     "is": Metric(_inception_score, "IS"),
     "precision": Metric(lambda e: coverage(e.pool, e.reference.pool), "precision", "precision", images=True, least=NEIGHBOURS + 1),
     "recall": Metric(lambda e: coverage(e.reference.pool, e.pool), "recall", "recall", images=True, least=NEIGHBOURS + 1),
-    "kid": Metric(_kid, "KID", "KD", images=True),
+    "kid": Metric(lambda e: dict(zip(("", "_std"), kid(e.reference.pool, e.pool, seed=e.seed))), "KID", "KD", images=True),
 }
 TABLE = ("fid", "sfid", "is", "precision", "recall")  # what is computed if nothing is asked for

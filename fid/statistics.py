@@ -119,10 +119,9 @@ def load_statistics(path):
 
 def _read_gaussian(path, file, mu_key, sigma_key):
     mu, sigma = (read_npz(path, file, key) for key in (mu_key, sigma_key))
-    if mu.dtype.kind != "f" or sigma.dtype.kind != "f":
-        raise UserError(f"{path}: {mu_key} is {mu.dtype} and {sigma_key} {sigma.dtype}, wanted float32 or float64")
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise UserError(f"{path}: {mu_key} {mu.shape} and {sigma_key} {sigma.shape}, wanted (d,) and (d, d)")
+    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{path}: {mu_key} is {mu.dtype} {mu.shape} and {sigma_key} {sigma.dtype} {sigma.shape}, "
+                        "wanted floats (d,) and (d, d)")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path}: {mu_key} or {sigma_key} holds NaN or infinity; make the file anew with `python -m fid ref`")
     return mu.astype(np.float64), sigma.astype(np.float64)

@@ -160,7 +160,7 @@ def test_whole_command_with_a_real_network(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--seed", -1), "--seed is -1, wanted 0 or more"),
+    (("--seed", -1), "--seed is -1, wanted at least 0"),
     (("--json", "folder"), "--json folder is a folder"),
     (("--json", "samples.npz/out.json"), "--json samples.npz/out.json: its folder samples.npz is a file"),
     (("--neighbours", "folder"), "--neighbours folder is a folder"),

@@ -83,7 +83,7 @@ def test_neighbours_of_other_sizes_or_bare_statistics_are_refused(tmp_path):
     source = Source(random_images(2, 8, 8).numpy())
     with pytest.raises(ValueError, match="statistics only"):
         evaluate.check_neighbours(source, evaluate.Reference(tmp_path / "ref.npz"))
-    with pytest.raises(ValueError, match=r"samples are 8x8 and reference images 9x8"):
+    with pytest.raises(ValueError, match=r"samples are \(8, 8\) and reference images \(9, 8\)"):
         evaluate.check_neighbours(source, evaluate.Reference(random_images(2, 8, 9).numpy()))
 
 

@@ -181,7 +181,7 @@ def test_adm_and_edm_files_are_read(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("mu, sigma, message", [
-    (np.zeros(3), np.eye(2), "wanted .d,. and .d, d."),
+    (np.zeros(3), np.eye(2), "wanted floats .d,. and .d, d."),
     (np.zeros(2), np.full((2, 2), np.nan), "holds NaN"),
 ])
 def test_broken_statistics_are_told(tmp_path, mu, sigma, message):
