@@ -76,6 +76,7 @@ def test_order_in_which_batches_come_does_not_matter():
 def test_settings_travel_with_the_numbers_as_json():
     settings = json.loads(json.dumps(measured()))["settings"]
     assert settings["num_images"] == 60 and settings["image_size"] == [8, 8] and settings["resize"] == "tf1-bilinear-299"
+    assert settings["is_split"] == 5000 and settings["neighbours"] == 3 and settings["covariance_ddof"] == 1
     assert settings["weights_sha256"].startswith("6726825d") and settings["conversion"] == "as stored"
     assert settings["reference"] == {"name": "array", "statistics": "computed from its images", "num_images": 50, "images_compared": 50}
     assert f"torch {torch.__version__}" in settings["software"]

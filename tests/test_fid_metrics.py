@@ -169,6 +169,13 @@ def test_interval_holds_the_mean_distance_as_often_as_it_says():
     assert np.mean([one["standard_error"] for one in found]) == pytest.approx(np.std(distances), rel=0.25)
 
 
+def test_interval_reaches_as_far_as_students_t_says():
+    pool = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    found = metrics.jackknife_interval((np.zeros(2), np.eye(2)), pool)
+    # the two-sided 95 % quantile for 20 groups, from a printed table
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(2.093 * found["standard_error"], rel=1e-4)
+
+
 def test_extrapolation_removes_most_of_the_bias():
     # identity against itself in 20 dimensions: the true distance is 0, the bias at 400 samples is about 0.4
     reference = (np.zeros(20), np.eye(20))
