@@ -77,8 +77,6 @@ def main():
     load_config(args.config, overrides)  # misspelt keys fail here, before torch is imported
     if args.format == "none" and not args.ref_path:
         raise UserError("--format none writes nothing; it needs --ref_path, whose numbers are then the result")
-    if args.num_process_per_node is not None and args.num_process_per_node < 1:
-        raise UserError(f"--num_process_per_node {args.num_process_per_node}: wanted at least 1")
     from utils import distributed
 
     code = distributed.launch(sys.argv[0], sys.argv[1:], args.num_process_per_node)
@@ -112,7 +110,7 @@ def sample(args, overrides, seeds):
     if args.format != "latents" or args.ref_path:
         decode = image_decoder(config.vae, net.in_channels, device, latents, f"checkpoint {args.ckpt_path}")
     if args.ref_path:
-        from fid.evaluate import Evaluator
+        from fid.evaluate import Evaluator, format_result, save_result
         evaluator = Evaluator.from_config(dataclasses.replace(config.eval, num_images=len(seeds)))
     outdir, settings = Path(args.outdir or default_folder(args.ckpt_path)), None
     if distributed.is_main():
@@ -148,7 +146,10 @@ def sample(args, overrides, seeds):
             f"Try sample.amp=no vae.amp=no, or another checkpoint")
         return EXIT_BAD
     if evaluator is not None:
-        report_numbers(evaluator.result(), {**(settings or {}), "seeds": args.seeds}, outdir)
+        result = evaluator.result()
+        result["settings"]["sampling"] = {**(settings or {}), "seeds": args.seeds}
+        say(format_result(result))
+        save_result(outdir / "metrics.json", result)
     return 0
 
 
@@ -169,16 +170,6 @@ def resolve_classes(class_idx, num_classes, class_names):
         raise UserError(f"--class_idx {' '.join(class_idx)}: this model has no classes; leave --class_idx out")
     names = class_names or [str(index) for index in range(num_classes)]
     return [resolve_class(text, names) for text in class_idx]
-
-
-def report_numbers(result, settings, outdir):
-    """Print the numbers and save them, with how they were measured and sampled, as OUTDIR/metrics.json."""
-    from fid.evaluate import format_result, save_result
-    from utils.logging import say
-
-    say(format_result(result))
-    result["settings"]["sampling"] = settings
-    save_result(outdir / "metrics.json", result)
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def load_weights_into(net, weights, path, skip_mismatched=False, remedy="check t
     misfits = {"missing": own.keys() - weights.keys(), "unknown": weights.keys() - own.keys(),
                "other shape": {f"{name} {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
                                for name in weights.keys() & own.keys() if not fits[name]}}
-    problems = "; ".join(f"{kind}: {_some_of(sorted(names))}" for kind, names in misfits.items() if names)
+    problems = "; ".join(f"{kind}: {some_of(sorted(names))}" for kind, names in misfits.items() if names)
     if problems and not skip_mismatched:
         raise UserError(f"checkpoint {path} does not fit the model; {problems}; {remedy}")
     if not any(fits.values()):
@@ -135,7 +135,7 @@ def _fit_positions(name, value, own, path):
     return sincos_positions(width, new_grid, unit_grid=old_grid)
 
 
-def _some_of(names, count=6):
+def some_of(names, count=6):
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
@@ -222,7 +222,7 @@ def _config_of(checkpoint, path):
         raise UserError(f"checkpoint {path}, in its config: {error}") from error
     gone = gone_keys(checkpoint["config"])
     if gone:
-        say(f"checkpoint {path} was written by an older version; without effect today: {_some_of(gone)}")
+        say(f"checkpoint {path} was written by an older version; without effect today: {some_of(gone)}")
     return config
 
 

@@ -14,7 +14,7 @@ import torch
 
 import models
 from models import SAMPLERS, guided, load_autoencoder
-from sampling.load import check_latents
+from sampling.load import check_latents, some_of
 from utils import distributed
 from utils.cli import UserError
 from utils.images import save_grid, to_uint8
@@ -202,17 +202,15 @@ def draw_grid(net, decode, config, device, path, class_names=None):
 
 
 def draw_first_grid(path, batch, by_class, class_names=None):
-    """Save a picture of a Batch: up to 64 images as they come or, by_class, a row for each of its classes, if they are few."""
-    labels = batch.class_labels.tolist() if by_class else []
-    classes = sorted(set(labels))
-    if not by_class or len(classes) > MOST_ROWS:
+    """Save a picture of a Batch: up to 64 images as they come or, by_class, up to 8 of each class in a row, if the classes are few."""
+    labels = batch.class_labels.cpu().numpy() if by_class else np.array([])
+    classes, counts = np.unique(labels, return_counts=True)
+    if not 0 < len(classes) <= MOST_ROWS:
         save_grid(path, batch.images[:64])
         return
-    chosen = [[image for image, label in zip(batch.images, labels) if label == index][:8] for index in classes]
-    columns = max(map(len, chosen))
-    blank = np.full_like(batch.images[0], 255)
-    images = [image for row in chosen for image in row + [blank] * (columns - len(row))]
-    save_grid(path, np.stack(images), labels=[class_name(index, class_names) for index in classes], columns=columns)
+    columns = min(8, counts.min())
+    images = np.concatenate([batch.images[labels == index][:columns] for index in classes])
+    save_grid(path, images, labels=[class_name(index, class_names) for index in classes], columns=columns)
 
 
 def class_name(index, class_names=None):
@@ -221,8 +219,7 @@ def class_name(index, class_names=None):
 
 def describe_bad(seeds, count):
     """Words about the seeds, of `count`, whose images have NaN or Inf."""
-    shown = ", ".join(map(str, sorted(seeds)[:20])) + (f" and {len(seeds) - 20} more" if len(seeds) > 20 else "")
-    return f"{len(seeds)} of {count} images have NaN or Inf: seeds {shown}"
+    return f"{len(seeds)} of {count} images have NaN or Inf: seeds {some_of([str(seed) for seed in sorted(seeds)], 20)}"
 
 
 # ------------------------------------------------------------------------------------------------ until nobody asks for them
