@@ -130,7 +130,7 @@ def sample(args, overrides, seeds):
 
         for batch in generate(net, decode, todo, config.sample, device, class_idx, after_step):
             output.write(batch)
-            bad += [seed for seed, finite in zip(batch.seeds, batch.finite) if not finite]
+            bad += batch.bad_seeds
             if evaluator is not None:
                 evaluator.add(batch.images, batch.index)
             if batch.index == 0 and not args.no_grid and args.format != "latents":

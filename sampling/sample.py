@@ -12,7 +12,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import models
 from models import SAMPLERS, guided, load_autoencoder
 from sampling.load import check_latents, some_of
 from utils import distributed
@@ -134,6 +133,10 @@ class Batch(NamedTuple):
     images: np.ndarray | None          # (B, H, W, 3) uint8
     finite: np.ndarray                 # (B,) bool
 
+    @property
+    def bad_seeds(self):
+        return [seed for seed, finite in zip(self.seeds, self.finite) if not finite]
+
 
 def generate(net, decode, seeds, config, device, class_idx=(), progress=None):
     """Yield this process's `Batch`es of the seeds, in order.
@@ -220,13 +223,3 @@ def class_name(index, class_names=None):
 def describe_bad(seeds, count):
     """Words about the seeds, of `count`, whose images have NaN or Inf."""
     return f"{len(seeds)} of {count} images have NaN or Inf: seeds {some_of([str(seed) for seed in sorted(seeds)], 20)}"
-
-
-# ------------------------------------------------------------------------------------------------ until nobody asks for them
-
-def build_model(model_config, train=None):
-    """models.build_model of a ModelConfig."""
-    arguments = dict(vars(model_config))
-    options = arguments.pop("options")
-    checkpointing = train is not None and train.activation_checkpointing
-    return models.build_model(**arguments, activation_checkpointing=checkpointing, **options)

@@ -8,6 +8,11 @@ import pytest
 import torch
 from training_runs import assert_equal, assert_same_run, command_line, metrics
 
+from models import build_model
+from sampling.sample import classes_of
+from training.watch import make_evaluate
+from utils.config import load_config, model_arguments
+
 EVALUATION = {"eval__every": 5, "eval__embedding": "pixels", "eval__num_images": 7, "eval__num_steps": 2, "sample__batchsize": 3}
 
 
@@ -60,6 +65,23 @@ def test_curve_is_in_the_log_and_in_tensorboard_with_its_settings_in_a_file(trai
     events = EventAccumulator(str(trained / "tensorboard")).Reload()
     # TensorBoard keeps float32: 1e-7 relative
     assert {event.step: event.value for event in events.Scalars("FD-pixels")} == pytest.approx(curve, rel=1e-6)
+
+
+def test_images_with_nan_give_no_number_but_their_count(tiny_vae, reference, tmp_path, capsys):
+    config = load_config(None, ["model.model_type=DiT-S/2", "model.in_size=8", "model.num_classes=3", "model.depth=1", "model.width=16",
+                                "model.num_heads=2", "model.decoder_depth=1", "model.decoder_width=16", "model.decoder_num_heads=2",
+                                f"vae.path={tiny_vae}", "eval.every=1", f"eval.ref_path={reference}", "eval.embedding=pixels",
+                                "eval.num_images=7", "eval.num_steps=2", "sample.batchsize=3"])
+    net = build_model(**model_arguments(config)).eval()
+    torch.nn.init.normal_(net.model.final_layer.linear.weight, generator=torch.Generator().manual_seed(0))
+    evaluate = make_evaluate(config, tmp_path, torch.device("cpu"), {})
+    assert evaluate(net, 1).keys() == {"FD-pixels"}
+    net.model.y_embedder.embedding_table.weight.data[:, 1] = torch.nan
+    bad = [seed for seed, index in enumerate(classes_of(range(7), net)) if index == 1]
+    for _ in range(2):  # the second time it is read from the file
+        assert evaluate(net, 2) == {"nan_images": len(bad)} and 0 < len(bad) < 7
+    said = capsys.readouterr().out
+    assert said.count(f"WARNING: no evaluation at step 2: {len(bad)} of 7 images have NaN or Inf: seeds {', '.join(map(str, bad))}") == 1
 
 
 def test_killed_run_with_evaluation_goes_on_as_if_never_stopped(runs, tiny_latents, tiny_vae, reference, trained, tmp_path):

@@ -269,7 +269,8 @@ def saved_net(path, config=(), **extra):
     for key, value in config:
         section, name = key.split(".")
         values[section][name] = value
-    write_checkpoint(path, {"model": net.state_dict(), "ema": net.state_dict(), "config": values, **extra})
+    average = {name: value / 2 for name, value in net.state_dict().items()}
+    write_checkpoint(path, {"model": net.state_dict(), "ema": average, "config": values, **extra})
     return net
 
 
@@ -278,7 +279,9 @@ def test_network_comes_with_its_config_and_what_its_checkpoint_says(tmp_path):
     saved = saved_net(path, class_names=["a", "b", "c"], latents={"scale": 0.5, "shift": 0.0, "vae": ""})
     net, config, class_names, latents = load_net(path, "ema", None, ["sample.num_steps=7"], torch.device("cpu"))
     assert config.model.depth == 1 and config.sample.num_steps == 7 and class_names == ["a", "b", "c"] and latents["scale"] == 0.5
-    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in net.state_dict().items())
+    assert all(torch.equal(value, saved.state_dict()[name] / 2) for name, value in net.state_dict().items())
+    raw = load_net(path, "model", None, [], torch.device("cpu"))[0]
+    assert all(torch.equal(value, saved.state_dict()[name]) for name, value in raw.state_dict().items())
     assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
     half = load_net(path, "ema", None, ["sample.amp=bf16"], torch.device("cpu"))[0]
     assert half.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16

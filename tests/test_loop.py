@@ -8,11 +8,10 @@ import torch
 from training_runs import SETTINGS, metrics
 
 from dataset.formats import open_latents
-from models import EDMLoss, TokenMask, sample_moments
-from sampling.sample import build_model
+from models import EDMLoss, TokenMask, build_model, sample_moments
 from training.loop import TrainState, fit, step_seed, train_step
 from utils.cli import EXIT_BAD, EXIT_STOPPED, StopNotice, UserError
-from utils.config import load_config
+from utils.config import load_config, model_arguments
 
 CPU = torch.device("cpu")
 
@@ -21,7 +20,7 @@ def make_state(**settings):
     values = SETTINGS | {key.replace("__", "."): value for key, value in settings.items()}
     config = load_config(None, [f"{key}={value}" for key, value in values.items()])
     torch.manual_seed(0)
-    net = build_model(config.model, config.train)
+    net = build_model(**model_arguments(config))
     for parameter in net.parameters():  # the published zeros would hide most gradients
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)

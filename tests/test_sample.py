@@ -51,6 +51,7 @@ def test_streams_draw_noise_then_class_then_churn():
 
 def test_seeds_wrap_at_2_to_the_32():
     assert torch.equal(SeedStreams([5]).randn((3,)), SeedStreams([2**32 + 5]).randn((3,)))
+    assert not torch.equal(SeedStreams([5]).randn((3,)), SeedStreams([2**31 + 5]).randn((3,)))
 
 
 def test_latents_are_those_of_the_noise_and_class_that_the_seed_draws(net):
@@ -203,7 +204,7 @@ def test_images_with_nan_are_told_by_seed(net, monkeypatch):
     poisoned(monkeypatch, 6)
     for decode in (latents_to_uint8, None):
         batches = list(generate(net, decode, list(range(10)), FAST, CPU))
-        assert [[seed for seed, finite in zip(batch.seeds, batch.finite) if not finite] for batch in batches] == [[], [6], []]
+        assert [batch.bad_seeds for batch in batches] == [[], [6], []]
     assert describe_bad([7, 3], 16) == "2 of 16 images have NaN or Inf: seeds 3, 7"
     assert describe_bad(range(30), 40).endswith("18, 19 and 10 more")
 

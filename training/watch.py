@@ -44,12 +44,13 @@ def make_evaluate(config, folder, device, latents):
     """evaluate(net, step) -> numbers, from eval.num_images samples of seeds 0, 1, ...; None if not asked for.
 
     The numbers with every setting behind them are saved as evaluations/STEP.json, and read from there if they are there already.
+    If images have NaN, the only number is nan_images: how many.
     Raises UserError if the reference or the autoencoder is missing or does not fit.
     """
     if not config.eval.every:
         return None
     from fid.evaluate import Evaluator, format_result, save_result
-    from sampling.sample import generate, image_decoder
+    from sampling.sample import describe_bad, generate, image_decoder
 
     decode = image_decoder(config.vae, config.model.in_channels, device, latents, f"data.root={config.data.root}")
     sample = dataclasses.replace(config.sample, num_steps=config.eval.num_steps)
@@ -61,10 +62,17 @@ def make_evaluate(config, folder, device, latents):
         if there is not None:
             return there["numbers"]
         evaluator.reset()
+        bad = []
         for batch in generate(net, decode, list(range(config.eval.num_images)), sample, device):
             evaluator.add(batch.images, batch.index)
-        result = evaluator.result()
-        say(f"evaluation of the average at step {step}:\n{format_result(result)}")
+            bad += batch.bad_seeds
+        bad = sum(distributed.all_gather_object(bad), [])
+        if bad:
+            say(f"WARNING: no evaluation at step {step}: {describe_bad(bad, config.eval.num_images)}")
+            result = {"numbers": {"nan_images": len(bad)}}
+        else:
+            result = evaluator.result()
+            say(f"evaluation of the average at step {step}:\n{format_result(result)}")
         save_result(path, result)
         return result["numbers"]
 
