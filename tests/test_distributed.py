@@ -239,6 +239,18 @@ def test_processes_end_in_their_own_time_after_a_signal_to_the_launcher(tmp_path
     assert process.returncode == 75 and sorted(said.split()) == ["ready", "ready", "saved", "saved"]  # and no line of torchrun's
 
 
+def test_a_run_under_nohup_survives_its_terminal(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; processes inherit it
+    process = start_worker(tmp_path, "stop")
+    signal.signal(signal.SIGHUP, before)
+    assert process.stdout.readline() + process.stdout.readline() == "ready\nready\n"
+    process.send_signal(signal.SIGHUP)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=100)[0].split() == ["saved", "saved"] and process.returncode == 75
+
+
 @pytest.mark.parametrize("task, code, wanted", [
     ("refuse", 2, ["error: bad data"]), ("bug", 1, ["Traceback", "KeyError: 'a bug'"]),
     ("kill", 137, ["error: the process of rank 1 was ended by SIGKILL (kill -9, or the system was out of memory)"])])
