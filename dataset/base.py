@@ -118,7 +118,7 @@ def per_channel(name, value, channels):
 
 
 class FormatSet(LatentSet):
-    """A `LatentSet` whose files hold moments or latents, one array per image; sub-classes fill in `_array` and `_label`.
+    """A `LatentSet` whose files hold moments or latents, one array per image; sub-classes fill in `_array`.
 
     Latents (C, H, W) become moments whose log-variance is the lowest that is used: drawing from them gives the latents back.
     """
@@ -145,14 +145,8 @@ class FormatSet(LatentSet):
                                 f"as the first sample")
             row[:] = array
 
-    def _read_labels(self, image_indices):
-        return np.array([self._label(image) for image in image_indices.tolist()], np.int64)
-
     def _array(self, image, mirrored):
         """The stored array (C, H, W) of an image (or its mirrored copy), and 'file: key' for messages."""
-        raise NotImplementedError
-
-    def _label(self, image):
         raise NotImplementedError
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.base import (MOMENTS_CHANNELS, FormatSet, check_not_cut, one_integer, open_npz, per_channel, read_npy, read_npz,
+from dataset.base import (MOMENTS_CHANNELS, FormatSet, LatentSet, check_not_cut, one_integer, open_npz, per_channel, read_npy, read_npz,
                           whole_number)
 from dataset.store import MANIFEST, PARTIAL, StoredLatents
 from dataset.webdataset import WebDatasetLatents
@@ -75,7 +75,7 @@ def find_latents(path):
                     f"*.safetensors, *_features with *_labels, or class folders of .npz; extract_latent.py makes them of images")
 
 
-class LMDBLatents(FormatSet):
+class LMDBLatents(LatentSet):
     """MaskDiT's LMDB: `z-{i}` float32 moments [8, H, W], `y-{i}` ascii class, `length` ascii count of images.
 
     Mirrored copies, told by the key `z-{length}`, follow as i + length. Memory-mapped, read-only, without lock file.
@@ -88,7 +88,7 @@ class LMDBLatents(FormatSet):
         found = file.stat().st_size
         if found < self.num_bytes:  # reading past the end would kill the process (SIGBUS)
             raise UserError(f"{file} is cut short: {found} bytes, its page table wants {self.num_bytes}; fetch it again")
-        with environment.begin() as transaction:
+        with environment.begin(buffers=True) as transaction:
             self.num_images = whole_number(self._value(transaction, "length"), f"{file}: length")
             if self.num_images < 1:
                 raise UserError(f"{file}: length says {self.num_images} images")
@@ -103,19 +103,21 @@ class LMDBLatents(FormatSet):
             raise UserError(f"{self.file}: no key {key}; is this a set of latents, and complete?")
         return value
 
-    def _array(self, image, mirrored):
-        key = f"z-{image + self.num_images if mirrored else image}"
-        check_not_cut(self.file, self.num_bytes, image)
-        with _environment(self.file).begin() as transaction:
-            value = self._value(transaction, key)
-        if len(value) != 4 * math.prod(self.sample_shape):
-            raise UserError(f"{self.file}: {key} has {len(value)} bytes, wanted {4 * math.prod(self.sample_shape)} "
-                            f"(float32 {self.sample_shape})")
-        return np.frombuffer(value, np.float32).reshape(self.sample_shape), key
+    def _read_samples(self, indices, out):
+        wanted = 4 * math.prod(self.sample_shape)
+        if len(indices):
+            check_not_cut(self.file, self.num_bytes, int(indices[0]))
+        with _environment(self.file).begin(buffers=True) as transaction:
+            for row, index in zip(out.reshape(len(out), -1), indices.tolist()):
+                value = self._value(transaction, f"z-{index}")
+                if len(value) != wanted:
+                    raise UserError(f"{self.file}: z-{index} has {len(value)} bytes, wanted {wanted} (float32 {self.sample_shape})")
+                row[:] = np.frombuffer(value, np.float32)
 
-    def _label(self, image):
-        with _environment(self.file).begin() as transaction:
-            return whole_number(self._value(transaction, f"y-{image}"), f"{self.file}: y-{image}")
+    def _read_labels(self, image_indices):
+        with _environment(self.file).begin(buffers=True) as transaction:
+            return np.array([whole_number(self._value(transaction, f"y-{image}"), f"{self.file}: y-{image}")
+                             for image in image_indices.tolist()], np.int64)
 
 
 _environments = {}  # file -> (process id, open LMDB environment); LMDB lets a process open a file only once
@@ -152,10 +154,12 @@ class SafetensorsLatents(FormatSet):
     def __init__(self, files):
         self.files, self.name = files, str(files[0].parent if len(files) > 1 else files[0])
         self._handles, self._sizes = {}, [file.stat().st_size for file in files]
-        counts = [self._check_shard(shard) for shard in range(len(files))]
+        labels_of = [self._labels_of(shard) for shard in range(len(files))]
+        counts = [len(labels) for labels in labels_of]
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
-        self.num_images = sum(counts)
+        self.labels = np.concatenate(labels_of).astype(np.int64)
+        self.num_images = len(self.labels)
         first = self._slice(0, "latents")
         self._set_shape(first.get_shape()[1:], f"{files[0]}: latents", self.DTYPES[first.get_dtype()])
         self.holds_mirrored = all("latents_flip" in self._handle(shard).keys() for shard in range(len(files)))
@@ -176,8 +180,8 @@ class SafetensorsLatents(FormatSet):
     def _slice(self, shard, key):
         return self._handle(shard).get_slice(key)
 
-    def _check_shard(self, shard):
-        """The number of samples in a shard. Raises UserError if its tensors do not fit those of the first."""
+    def _labels_of(self, shard):
+        """The labels of a shard. Raises UserError if its tensors do not fit one another and those of the first shard."""
         file, found = self.files[shard], {key: self._slice(shard, key) for key in self._handle(shard).keys()}
         for key in ("latents", "labels"):
             if key not in found:
@@ -192,7 +196,10 @@ class SafetensorsLatents(FormatSet):
                 raise UserError(f"{file}: {key} of shape {shape} for labels of shape {counts}; the first file has {first.get_shape()}")
             if dtype not in self.DTYPES or dtype != first.get_dtype():
                 raise UserError(f"{file}: {key} is {dtype}, wanted one of {', '.join(self.DTYPES)}, the same in all files")
-        return counts[0]
+        labels = self._handle(shard).get_tensor("labels")
+        if labels.is_floating_point():
+            raise UserError(f"{file}: labels are {found['labels'].get_dtype()}, wanted whole numbers")
+        return labels.numpy()
 
     def _read_statistics(self, file):
         if not file.is_file():
@@ -209,20 +216,15 @@ class SafetensorsLatents(FormatSet):
         self.scale, self.shift = (per_channel(f"{file}: {name}", value, self.sample_shape[0] // 2)
                                   for name, value in (("scale", std), ("shift", mean)))
 
-    def _place(self, image):
-        shard = int(np.searchsorted(self._ends, image, side="right"))
-        check_not_cut(self.files[shard], self._sizes[shard], image)
-        return shard, image - int(self._starts[shard])
-
     def _array(self, image, mirrored):
-        shard, place = self._place(image)
-        key = "latents_flip" if mirrored else "latents"
-        tensor = self._slice(shard, key)[place]
-        return (tensor if self.dtype == np.float16 else tensor.float()).numpy(), f"{self.files[shard]}: {key}"
+        shard = int(np.searchsorted(self._ends, image, side="right"))
+        key, file = "latents_flip" if mirrored else "latents", self.files[shard]
+        check_not_cut(file, self._sizes[shard], image)
+        tensor = self._slice(shard, key)[image - int(self._starts[shard])]
+        return (tensor if self.dtype == np.float16 else tensor.float()).numpy(), f"{file}: {key}"
 
-    def _label(self, image):
-        shard, place = self._place(image)
-        return self._slice(shard, "labels")[place].item()
+    def _read_labels(self, image_indices):
+        return self.labels[image_indices]
 
 
 class FeatureFolderLatents(FormatSet):
@@ -252,9 +254,9 @@ class FeatureFolderLatents(FormatSet):
         array = read_npy(file.read_bytes(), file)
         return array[0] if array.ndim == 4 and array.shape[0] == 1 else array, file
 
-    def _label(self, image):
-        file = self.labels[self.names[image]]
-        return one_integer(read_npy(file.read_bytes(), file), file)
+    def _read_labels(self, image_indices):
+        files = [self.labels[self.names[image]] for image in image_indices.tolist()]
+        return np.array([one_integer(read_npy(file.read_bytes(), file), file) for file in files], np.int64)
 
 
 class ClassFolderLatents(FormatSet):
@@ -284,8 +286,8 @@ class ClassFolderLatents(FormatSet):
         with open_npz(file) as members:
             return read_npz(file, members, key), f"{file}: {key}"
 
-    def _label(self, image):
-        return self.labels[image]
+    def _read_labels(self, image_indices):
+        return self.labels[image_indices]
 
 
 def _sorted_files(folder, suffix=""):

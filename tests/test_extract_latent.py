@@ -112,6 +112,17 @@ def test_zip_gives_the_same_latents_as_the_folder(extract, images, tmp_path):
     assert a == b
 
 
+def test_16_bit_images_give_the_latents_of_their_8_bit_form(extract, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (3, SIZE, SIZE), np.uint8)
+    for folder, array in (("narrow", grey), ("wide", grey.astype(np.uint16) * 257)):
+        (tmp_path / folder).mkdir()
+        for i, image in enumerate(array):
+            Image.fromarray(image).save(tmp_path / folder / f"{i}.png")
+        extract(tmp_path / folder, tmp_path / f"{folder} set")
+    narrow, wide = (StoredLatents(tmp_path / f"{folder} set").read(range(3))[0] for folder in ("narrow", "wide"))
+    np.testing.assert_array_equal(narrow, wide)
+
+
 def test_part_of_a_set_can_be_encoded(extract, vae, tmp_path):
     part = ROOT / "assets" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
     extract(part, tmp_path / "set", "--first", 7, "--num_images", 5, "--resolution", 32)

@@ -402,7 +402,8 @@ def test_safetensors_faults_name_file_and_tensor(tmp_path):
     for name, tensors, message in (
             ("b", {"latents": MOMENTS}, "no tensor labels; found latents"),
             ("c", {"latents": MOMENTS, "labels": LABELS[:5]}, r"latents of shape \[11, 8, 3, 3\] for labels of shape \[5\]"),
-            ("d", {"latents": MOMENTS.astype(np.float64), "labels": LABELS}, "latents is F64, wanted one of F32")):
+            ("d", {"latents": MOMENTS.astype(np.float64), "labels": LABELS}, "latents is F64, wanted one of F32"),
+            ("f", {"latents": MOMENTS, "labels": LABELS.astype(np.float32)}, "labels are F32, wanted whole numbers")):
         (tmp_path / name).mkdir()
         save_file(tensors, tmp_path / name / "0.safetensors")
         damaged(tmp_path / name, f"0.safetensors: {message}")
