@@ -21,7 +21,7 @@ def parse_arguments():
     parser.add_argument("--store", choices=("keep", "fp16", "fp32"), default="keep",
                         help="type of the stored moments; fp16 halves size and reading (default: %(default)s)")
     parser.add_argument("--num_classes", type=int, help="where the source does not say (default: its largest label + 1)")
-    parser.add_argument("--scale", type=float, help="latents = scale * (z - shift), where the source does not say and its VAE is not the usual one")
+    parser.add_argument("--scale", type=float, help="latents = scale * (z - shift), where the source does not say and its VAE is unusual")
     parser.add_argument("--shift", type=float)
     parser.add_argument("--vae", default="", help="name of the VAE, a note for later")
     parser.add_argument("--shard_size", type=int, default=4096, help="samples per file (default: %(default)s)")

@@ -209,7 +209,8 @@ class SafetensorsLatents(FormatSet):
             found = torch.load(file, map_location="cpu", weights_only=True)
             mean, std = (found[key].double().flatten().tolist() for key in ("mean", "std"))
         except Exception as error:  # whatever unpickling a damaged file leads to
-            raise UserError(f"{file} is damaged or holds no mean and std ({type(error).__name__}); fetch it again or move it away") from error
+            raise UserError(f"{file} is damaged or holds no mean and std ({type(error).__name__}); "
+                            f"fetch it again or move it away") from error
         if min(std, default=0) > 0:
             std = [LATENT_STD / value for value in std]
         self.says_scale = True

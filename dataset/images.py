@@ -16,12 +16,14 @@ import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from dataset.base import SampleSet, map_npz, open_npz, read_npz
 from dataset.idx import read_idx_set
 from utils.cli import UserError
 
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".ppm", ".tif", ".tiff")
 
 
@@ -37,7 +39,9 @@ def read_picture(file, name):
     Raises CorruptImage.
     """
     with _decoder(file, name) as image:
-        ImageOps.exif_transpose(image, in_place=True)
+        image.load()
+        turn = TURNS.get(_orientation(image))
+        image = image if turn is None else image.transpose(turn)
         if image.mode.startswith(("I", "F")):
             grey = _eight_bits(np.asarray(image), name)
             return np.stack([grey, grey, grey], axis=2)
@@ -47,10 +51,17 @@ def read_picture(file, name):
 
 
 def picture_size(file, name):
-    """(width, height) of a picture as `read_picture` gives it, from its header alone. Raises CorruptImage."""
+    """(width, height) of a picture as `read_picture` gives it, as a rule from its header alone. Raises CorruptImage."""
     with _decoder(file, name) as image:
-        on_its_side = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-        return image.size[::-1] if on_its_side else image.size
+        return image.size[::-1] if _orientation(image) in (5, 6, 7, 8) else image.size
+
+
+def _orientation(image):
+    """1 to 8 by EXIF. An EXIF that cannot be read says nothing: the picture itself may be whole."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow has no one error for it
+        return 1
 
 
 @contextlib.contextmanager

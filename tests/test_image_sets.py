@@ -146,6 +146,14 @@ def test_rotation_in_exif_is_applied(orientation, turn):
     assert picture_size(io.BytesIO(data), "x") == turn(PHOTO).shape[1::-1]
 
 
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0", b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\0\x09"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_a_broken_exif_does_not_cost_the_picture(kind, exif):
+    plain, marked = encoded(PHOTO, kind, quality=90), encoded(PHOTO, kind, quality=90, exif=exif)
+    np.testing.assert_array_equal(picture(marked), picture(plain))
+    assert picture_size(io.BytesIO(marked), "x") == (31, 20)
+
+
 def test_transparent_parts_are_laid_on_white():
     alpha = np.array([0, 51, 255], np.uint8)  # none, a fifth, all of a colour
     colour = np.zeros((1, 3, 4), np.uint8)

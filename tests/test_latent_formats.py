@@ -265,7 +265,8 @@ def test_a_set_that_does_not_say_its_scale_takes_the_users(written):
     assert latents.description == {"scale": 0.5, "shift": [1.0, 2.0, 3.0, 4.0], "vae": ""}
 
 
-@pytest.mark.parametrize("wish", [{"scale": 0}, {"scale": -1.0}, {"scale": float("nan")}, {"shift": float("inf")}, {"scale": [1, 2]}, {"scale": "x"}])
+@pytest.mark.parametrize("wish", [{"scale": 0}, {"scale": -1.0}, {"scale": float("nan")}, {"shift": float("inf")},
+                                  {"scale": [1, 2]}, {"scale": "x"}])
 def test_impossible_scales_are_told(tmp_path, wish):
     with pytest.raises(UserError, match="wanted a (positive|finite) number, or 4 of them"):
         open_latents(write_features(tmp_path / "set"), **wish)
@@ -359,7 +360,8 @@ def test_tar_faults_name_file_and_member(tmp_path):
             ("f", [("a.latent", MOMENTS[0].tobytes()), ("a.cls", b"1")], "a.latent: 288 bytes are neither a .npy file nor a pickled numpy"),
             ("g", [("a.npy", npy(MOMENTS[0])), ("a.cls", b"cat")], "a.cls is b'cat'"),
             ("h", [("a.npy", npy(MOMENTS[0])), ("a.json", b'{"name": 3}')], "a.json: no whole number under label"),
-            ("i", [("a.npy", npy(MOMENTS[0][:, :2])), ("a.cls", b"1")], r"shape \(8, 2, 3\), wanted float16 or float32 \(channels, size, size\)"),
+            ("i", [("a.npy", npy(MOMENTS[0][:, :2])), ("a.cls", b"1")],
+             r"shape \(8, 2, 3\), wanted float16 or float32 \(channels, size, size\)"),
             ("j", [("a.npy", npy(np.array([{}]))), ("a.cls", b"1")], "not a whole .npy array of numbers"),
             ("k", [], "no sample in 1 tar")):
         (tmp_path / name).mkdir()

@@ -65,7 +65,8 @@ def test_a_set_of_an_older_version_has_no_digest_and_is_read(tmp_path):
 @pytest.mark.parametrize("key, value", [
     ("num_images", 10 ** 9), ("num_images", "11"), ("num_images", 11.0), ("num_images", True), ("scale", "x"), ("scale", float("nan")),
     ("scale", 0), ("scale", -1.0), ("scale", [0.1, 0.2]), ("scale", None), ("shift", float("inf")), ("shift", []), ("num_classes", -1),
-    ("num_classes", None), ("num_classes", 4), ("class_names", ["ant"]), ("class_names", 3), ("sample_shape", [8, 3]), ("sample_shape", [7, 3, 3]),
+    ("num_classes", None), ("num_classes", 4), ("class_names", ["ant"]), ("class_names", 3), ("sample_shape", [8, 3]),
+    ("sample_shape", [7, 3, 3]),
     ("sample_shape", [8, 3, -3]), ("sample_shape", [8, 3, 10 ** 9]), ("sample_shape", 5), ("dtype", "float64"), ("dtype", 4),
     ("mirrored", "yes"), ("mirrored", False), ("shards", []), ("shards", 3), ("shards", [{}] * 3), ("shards", None),
 ])
