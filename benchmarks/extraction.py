@@ -44,7 +44,7 @@ def measure(images, vae, folder, args):
         begun = time.process_time()
         images.read(range(len(images)))
         one = {"images decoded and cropped per second of one core": len(images) / (time.process_time() - begun)}
-        plan = make_plan(images, vae, "random", str(vae.dtype), 0, args.encode, 8, "float16", 4096)
+        plan = make_plan(images, vae, "random", str(vae.vae.dtype), 0, args.encode, 8, "float16", 4096)
         begun = time.perf_counter()
         _, tally = extract(images, vae, folder / str(number), plan)
         total = time.perf_counter() - begun
