@@ -171,7 +171,8 @@ def measure_cases(args, device, cases, config_of, make_arm, flops_of, columns):
         for arm, config in by_arm.items():
             entry, seconds = measured[arm], statistics.median(measured[arm]["seconds"])
             rate = case["batch"] * flops_of(config) / seconds
-            found.append(case | {
+            masked = {"masked": config.train.mask_ratio} if "masked" in case else {}  # some arms mask nothing
+            found.append(case | masked | {
                 "arm": arm, "ms": spread(entry["seconds"], 1000), "img/s": case["batch"] / seconds, "TFLOP/s": rate / 1e12,
                 "of peak": rate / peak, "x plain": speedup(measured, "plain", arm) if "plain" in calls and arm != "plain" else None,
                 "GB": entry["peak_bytes"] and (entry["peak_bytes"] + weights_bytes[arm]) / 1e9, "first s": entry["first_s"],

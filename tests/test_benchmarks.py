@@ -71,6 +71,7 @@ def test_training_steps_are_compared_with_the_plain_one(monkeypatch, tmp_path):
     assert [(row["batch"], row["arm"]) for row in report["rows"]] == [(batch, arm) for batch in (1, 2) for arm in ("plain", "ours", "dit")]
     for row in report["rows"]:
         assert row["ms"]["lowest"] > 0 and row["GB"] > 0 and row["config"]["model"]["use_decoder"] is (row["arm"] != "dit")
+        assert row["masked"] == (0.0 if row["arm"] == "dit" else 0.5)
         assert (row["x plain"] is None) is (row["arm"] == "plain")
 
 
