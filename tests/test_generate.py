@@ -117,6 +117,14 @@ def test_another_checkpoint_at_the_same_path_is_refused(generate, tmp_path):
     assert "checkpoint.sha256" in said and "Give another --outdir" in said
 
 
+def test_numbers_are_of_all_seeds_also_of_those_that_were_there(generate, tmp_path):
+    np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8))
+    generate("--seeds", "0-3", "--outdir", tmp_path / "out")
+    generate("--seeds", "0-5", "--outdir", tmp_path / "out", "--ref_path", tmp_path / "real.npz", "eval.embedding=pixels")
+    settings = json.loads((tmp_path / "out" / "metrics.json").read_text())["settings"]
+    assert settings["num_images"] == 6 and settings["sampling"]["seeds"] == "0-5"
+
+
 def test_two_processes_make_the_same_files(generate, tmp_path):
     for processes in (1, 2):
         generate("--seeds", "0-7", "--format", "latents", "--outdir", tmp_path / str(processes), processes=processes)

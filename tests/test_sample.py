@@ -221,8 +221,10 @@ class HalfBroken:
 
 
 def test_images_that_overflow_in_the_decoder_are_found(monkeypatch):
-    monkeypatch.setattr(sample, "load_autoencoder", lambda path, device: HalfBroken())
-    decode = image_decoder(VAEConfig(), 4, CPU)
+    autoencoder = HalfBroken()
+    monkeypatch.setattr(sample, "load_autoencoder", lambda path, device: autoencoder)
+    decode = image_decoder(VAEConfig(batchsize=7), 4, CPU)
+    assert autoencoder.decode_batch == 7
     latents = torch.zeros(4, 4, 2, 2)
     latents[3, 3, 0, 0] = torch.nan  # a channel that the images do not show
     images, finite = decode(latents)
