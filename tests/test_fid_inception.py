@@ -109,6 +109,13 @@ def test_numpy_and_single_images_give_the_same_features(extractor, images, taps)
     assert (pool - taps[0][1:2]).abs().max() < 2e-5 and (spatial - taps[1][1:2]).abs().max() < 2e-5
 
 
+def test_more_images_than_are_taken_at_a_time_give_the_same_features(extractor, images, taps, monkeypatch):
+    monkeypatch.setattr(embeddings, "CPU_CHUNK", 2)
+    monkeypatch.setattr(embeddings, "CPU_STEM_CHUNK", 1)
+    for found, wanted in zip(extractor.both_taps(images), taps):
+        assert found.shape == wanted.shape and (found - wanted).abs().max() < 2e-5
+
+
 def test_a_call_gives_the_pooled_features_of_the_file_that_it_names(extractor, weights, images, taps):
     assert torch.equal(extractor(images), taps[0])
     assert extractor.settings["weights_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
