@@ -39,13 +39,6 @@ def parse_args():
     return parser.parse_args()
 
 
-def learning_rate(step, steps, peak, warmup_steps=100):
-    """Linear warm-up, then a half cosine to 0 at `steps`."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
-
-
 def to_input(grey):
     """grey (B, 32, 32) uint8 -> (B, 3, 32, 32) float32 in [-1, 1]."""
     return (grey.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
@@ -66,7 +59,9 @@ def train(vae, grey, args):
     import torch
     from utils.logging import Progress
 
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, cycle_momentum=False,
+                                                   pct_start=min(0.5, 100 / args.steps))
     generator = torch.Generator(args.device).manual_seed(args.seed)
     batches_per_epoch = len(grey) // args.batch_size
     with Progress(args.steps, "training the autoencoder", unit="step") as progress:
@@ -74,8 +69,6 @@ def train(vae, grey, args):
             if step % batches_per_epoch == 0:
                 order = torch.randperm(len(grey), generator=generator, device=args.device)
             start = step % batches_per_epoch * args.batch_size
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.lr)
             batch = to_input(grey[order[start:start + args.batch_size]])
             with torch.autocast(grey.device.type, torch.bfloat16, enabled=args.bf16):
                 loss = reconstruction_loss(vae, batch, args.kl_weight, generator)
@@ -83,6 +76,7 @@ def train(vae, grey, args):
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
             optimizer.step()
+            schedule.step()
             if step % 50 == 0:
                 note = f"loss {loss.item():.4f}"
             progress.update(1, note)

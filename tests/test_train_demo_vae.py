@@ -3,7 +3,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from models import load_autoencoder, sample_moments
-from scripts.train_demo_vae import ROOT, VAE_CONFIG, fold_normalisation, latent_statistics, learning_rate, psnr, reconstruct, to_input
+from scripts.train_demo_vae import ROOT, VAE_CONFIG, fold_normalisation, latent_statistics, psnr, reconstruct, to_input
 from dataset.idx import load_fashion_mnist
 
 
@@ -11,13 +11,6 @@ from dataset.idx import load_fashion_mnist
 def grey():
     """200 held-out images (200, 32, 32) uint8."""
     return torch.from_numpy(load_fashion_mnist(ROOT / "assets" / "fashion-mnist", "test")[0][:200])
-
-
-def test_learning_rate_rises_to_its_peak_and_falls_to_zero():
-    rates = [learning_rate(step, steps=1000, peak=2e-3) for step in range(1001)]
-    assert rates[0] == pytest.approx(2e-5) and rates[100] == max(rates) == 2e-3
-    assert rates[550] == pytest.approx(1e-3)  # half way between warm-up and end
-    assert rates[1000] == pytest.approx(0, abs=1e-12)
 
 
 def test_psnr_of_a_known_error():
