@@ -3,9 +3,7 @@
     python3 train.py --config configs/train/maskdit-imagenet.yaml data.root=PATH --num_process_per_node 8
 """
 
-import sys
-
-from training.run import launch_if_asked, parse_arguments, resolve_config, train
+from training.run import train
 from utils.cli import UserError, run
 
 
@@ -38,12 +36,7 @@ def make_encode(config, dataset, device):
 
 
 def main():
-    args, overrides = parse_arguments(__doc__.splitlines()[0])
-    config = resolve_config(args, overrides)
-    if not config.data.root:
-        raise UserError("data.root is empty: give the folder of images, as in data.root=data/imagenet/train")
-    code = launch_if_asked(args, sys.argv[0], sys.argv[1:])
-    return train(config, args, open_dataset, make_encode) if code is None else code
+    return train(__doc__.splitlines()[0], "data/imagenet/train", open_dataset, make_encode)
 
 
 if __name__ == "__main__":

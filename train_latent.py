@@ -4,9 +4,8 @@
 """
 
 import functools
-import sys
 
-from training.run import launch_if_asked, parse_arguments, resolve_config, train
+from training.run import train
 from utils.cli import UserError, run
 
 
@@ -27,17 +26,11 @@ def make_encode(config, dataset, device):
     """Stored moments (B, 2C, H, W) -> latents (B, C, H, W), drawn anew at every visit; and the description of these latents."""
     from models import sample_moments
 
-    latents = {"scale": dataset.scale, "shift": dataset.shift, "vae": getattr(dataset, "vae_digest", "")}
-    return functools.partial(sample_moments, scale=dataset.scale, shift=dataset.shift), latents
+    return functools.partial(sample_moments, scale=dataset.scale, shift=dataset.shift), dataset.description
 
 
 def main():
-    args, overrides = parse_arguments(__doc__.splitlines()[0])
-    config = resolve_config(args, overrides)
-    if not config.data.root:
-        raise UserError("data.root is empty: give the folder of stored latents, as in data.root=assets/imagenet_256_latent_lmdb")
-    code = launch_if_asked(args, sys.argv[0], sys.argv[1:])
-    return train(config, args, open_dataset, make_encode) if code is None else code
+    return train(__doc__.splitlines()[0], "assets/imagenet_256_latent_lmdb", open_dataset, make_encode)
 
 
 if __name__ == "__main__":

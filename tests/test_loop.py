@@ -1,11 +1,14 @@
 """One training step and the loop around it, in this process."""
 
+import functools
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from training_runs import SETTINGS, metrics
+from training_runs import ROOT, SETTINGS, metrics
 
 from dataset.formats import open_latents
 from models import EDMLoss, TokenMask, build_model, sample_moments
@@ -14,6 +17,7 @@ from utils.cli import EXIT_BAD, EXIT_STOPPED, StopNotice, UserError
 from utils.config import load_config, model_arguments
 
 CPU = torch.device("cpu")
+ROOMS = {"models", "dataset", "sampling", "training", "utils", "fid"}
 
 
 def make_state(**settings):
@@ -376,8 +380,8 @@ def test_a_resumed_run_compiles_for_the_shapes_that_the_new_run_compiled_for(lat
         seen.append([tuple(map(int, value.shape)) for value in inputs if isinstance(value, torch.Tensor)])
         return graph
 
-    new, resumed = make_state(), make_state()
     compile_with(record)
+    new, resumed = make_state(), make_state()
     fit(new, tmp_path / "new", latents, encode, StopNotice())
     shapes = seen[0]
     compile_with(record)
@@ -385,3 +389,36 @@ def test_a_resumed_run_compiles_for_the_shapes_that_the_new_run_compiled_for(lat
     resumed.resume(torch.load(tmp_path / "new" / "checkpoints" / "0000008.pt", weights_only=True))
     fit(resumed, tmp_path / "resumed", latents, encode, StopNotice())
     assert seen[0] == shapes and torch.equal(weights(resumed), weights(new))
+
+
+# ------------------------------------------------------------------------------------------------ what a step goes through
+
+def functions_of_a_step(latents, folder):
+    """{(file, function)} of ours that the main thread enters from the middle of step 5 to the middle of step 6."""
+    state, entered = make_state(train__grad_accum=1, log__log_every=1000, log__ckpt_every=1000), set()
+
+    def watch(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and state.step in (4, 5) and counting[0] and ROOT in path.parents and path.relative_to(ROOT).parts[0] in ROOMS:
+            entered.add((str(path.relative_to(ROOT)), frame.f_code.co_qualname))
+
+    counting = [False]
+
+    def step_begins(*_):
+        counting[0] = state.step == 4
+
+    state.optimizer.register_step_post_hook(step_begins)
+    sys.setprofile(watch)
+    try:
+        fit(state, folder, latents, functools.partial(sample_moments, scale=0.5, shift=0.0), StopNotice())
+    finally:
+        sys.setprofile(None)
+    return entered
+
+
+def test_a_steady_step_enters_few_files_and_functions_of_ours(latents, tmp_path):
+    """A reader of one step has these to read. At most 11 files and 40 functions; `pytest -s` prints the counts."""
+    entered = functions_of_a_step(latents, tmp_path)
+    files = sorted({path for path, _ in entered})
+    print(f"{len(files)} files, {len(entered)} functions: {', '.join(files)}")
+    assert len(files) <= 11 and len(entered) <= 40, sorted(entered)

@@ -154,7 +154,7 @@ def test_shorter_log_is_told_and_does_not_stop_the_run(runs, tiny_latents, tmp_p
     assert runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt")[0] == [0]
     log.write_bytes(log.read_bytes()[:-20])
     codes, said = runs.start(command_line(tiny_latents, tmp_path, train__max_num_steps=14), tmp_path / "out.txt")
-    assert codes == [0] and "WARNING" in said and "what is missing stays missing" in said
+    assert codes == [0] and "WARNING" in said and "the lines between are lost" in said
     assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 6, 8, 10, 14]
 
 

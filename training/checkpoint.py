@@ -1,8 +1,7 @@
 """Checkpoints: written whole or not at all, found again, deleted when newer ones are there. sampling/load.py reads them.
 
-A checkpoint is two files, NNNNNNN.pt and NNNNNNN.json (its manifest: size and sha256), each written to a temporary file, flushed to
-disk and renamed; the manifest comes last. The .pt is a dict with `model`, `ema` and `opt` as in the published files, and what
-an exact resume needs besides.
+A checkpoint is NNNNNNN.pt and its manifest NNNNNNN.json (size and sha256), which is written last. The .pt is a dict with `model`,
+`ema` and `opt` as in the published files, and what an exact resume needs besides.
 """
 
 import errno
@@ -22,10 +21,9 @@ from utils.logging import say
 
 
 def find_latest(folder):
-    """Path of the newest checkpoint of a folder that is whole, or None if there is no checkpoint; others are named and passed over.
+    """Path of the newest checkpoint of a folder that is whole, or None if it has no checkpoints; damaged ones are named.
 
-    A file of ours without its manifest (it was copied without, or its writer was killed just before) is read completely and gets one.
-    Raises UserError if there are checkpoints and none is whole: weeks of work are not silently begun anew.
+    Raises UserError if all are damaged: weeks of work are not silently begun anew.
     """
     damaged = []
     for path in reversed(_steps_in(folder)):
@@ -41,13 +39,13 @@ def find_latest(folder):
 
 
 def _adopt(path):
-    """Read a checkpoint without a manifest completely and write its manifest; returns what is wrong with it, or None."""
+    """Write the manifest of a checkpoint that was copied without, or whose writer was killed; returns what is wrong, or None."""
     try:
-        content = load_checkpoint(path)  # checks the CRC of every record
+        content = load_checkpoint(path)  # reads all of it and checks the CRC of every record
     except UserError as error:
         return f"it has no manifest ({manifest_path(path).name}), and {error}"
     if "stepper" not in content or content.get("step") != int(path.stem):
-        return f"it has no manifest ({manifest_path(path).name}) and is no checkpoint that a run could go on from; see --ckpt_path"
+        return f"it has no manifest ({manifest_path(path).name}) and is none that a run could go on from; see --ckpt_path"
     say(f"checkpoint {path} has no manifest; it was read completely, is whole, and gets one")
     _write_manifest(path, file_sha256(path), content["step"])
     return None
@@ -59,13 +57,10 @@ def _steps_in(folder):
     return sorted(found, key=lambda path: int(path.stem))
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
 class CheckpointWriter:
-    """Writes one run's checkpoints in the background; only rank 0 makes one.
+    """Writes a run's checkpoints in the background, on rank 0.
 
-    folder: where the .pt and .json files go. keep_last: newest checkpoints kept (0: all). keep_every: checkpoints at
-    multiples of this step are kept for ever (0: none).
+    keep_last: newest checkpoints kept (0: all). keep_every: those at multiples of this step are kept for ever (0: none).
     """
 
     def __init__(self, folder, keep_last=3, keep_every=0):
@@ -74,28 +69,24 @@ class CheckpointWriter:
         self.host_copies = {}
 
     def prepare(self, step, num_bytes, num_coming):
-        """Make and tidy the folder of a run at `step`; raise OSError now if it cannot hold the checkpoints that are to come.
-
-        num_coming: how many, of about num_bytes each. Old ones go as new ones come, but only when the new one is complete.
-        """
+        """Make and tidy the folder of a run at `step`. Raises UserError if it cannot hold num_coming more checkpoints of num_bytes."""
         make_folder(self.folder, "log.results_dir: checkpoint folder")
         for leftover in self.folder.glob("*.tmp"):
             leftover.unlink()
         self._delete_old(step)  # the last run may have been killed before it came to that
-        if self.keep_last:
+        if self.keep_last:  # an old one goes when a new one is complete
             there = len([path for path in _steps_in(self.folder) if manifest_path(path).is_file()])
             num_coming = min(num_coming, max(1, self.keep_last + 1 - there))
         free = shutil.disk_usage(self.folder).free
         if free < num_coming * num_bytes:
             raise UserError(f"checkpoint folder {self.folder} has {free / 1e9:.2f} GB free, but {num_coming} more checkpoint(s) of "
-                            f"{num_bytes / 1e9:.2f} GB are to come; free some space, keep fewer with log.keep_last, "
-                            f"or choose another place with log.results_dir")
+                            f"{num_bytes / 1e9:.2f} GB are to come; free some space, keep fewer with log.keep_last, or choose another "
+                            f"place with log.results_dir")
 
     def save(self, step, state):
         """Copy `state` to host memory and write it as checkpoint `step` in the background; waits for the previous one first."""
         self.wait()
-        snapshot = self._copy_to_host(state)
-        self.thread = threading.Thread(target=self._write, args=(step, snapshot), name=f"checkpoint-{step}")
+        self.thread = threading.Thread(target=self._write, args=(step, self._copy_to_host(state)), name=f"checkpoint-{step}")
         self.thread.start()
 
     def wait(self):
@@ -126,8 +117,7 @@ class CheckpointWriter:
             return value
         buffer = self.host_copies.get(place)
         if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self.host_copies[place] = buffer
+            buffer = self.host_copies[place] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
         return buffer.copy_(value.detach(), non_blocking=True)
 
     def _write(self, step, state):
@@ -143,10 +133,7 @@ class CheckpointWriter:
             say(f"WARNING: {what}: {reason}; the earlier checkpoints in {self.folder} are whole")
 
     def _delete_old(self, step):
-        """Delete what keep_last and keep_every do not keep. Later steps than `step` (damaged, passed over) do not count.
-
-        Files without a manifest are not touched: they may be of the published code.
-        """
+        """Delete what is not to be kept. Later steps (damaged) do not count; files without a manifest may be of the published code."""
         if not self.keep_last:
             return
         written = sorted(int(manifest.stem) for manifest in self.folder.glob("*.json") if manifest.stem.isdigit())
@@ -155,7 +142,7 @@ class CheckpointWriter:
         kept = whole[-self.keep_last:] + [path for path in whole if self.keep_every and int(path.stem) % self.keep_every == 0]
         for path in paths:
             if path not in kept:
-                path.unlink(missing_ok=True)  # first: without its manifest nobody would delete it any more
+                path.unlink(missing_ok=True)  # the .pt first; after a crash the manifest still marks it
                 manifest_path(path).unlink()
 
 
@@ -174,7 +161,8 @@ def write_checkpoint(path, state):
 
 
 def _write_manifest(path, sha256, step):
-    manifest = {"file": path.name, "size": path.stat().st_size, "sha256": sha256, "step": step, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    manifest = {"file": path.name, "size": path.stat().st_size, "sha256": sha256, "step": step, "written": written}
     with write_whole(manifest_path(path)) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1))
 

@@ -40,7 +40,8 @@ class TrainState:
         self.ema = EMA(net, train.ema_decay)
         self.optimizer = make_optimizer(net, train)
         self.stepper = Stepper(self.optimizer, train.amp, device, train.grad_clip, train.max_bad_steps)
-        self.autocast = autocast(train.amp, device)
+        self.amp, self.autocast = effective_amp(train.amp, device), autocast(train.amp, device)
+        self.compiled = use_compile(train.compile, device)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.step = self.images_seen = self.start_step = self.start_images = 0
         self.measured, self.sums = [], torch.zeros(0, dtype=torch.float64, device=device)
@@ -72,16 +73,6 @@ class TrainState:
         sums = torch.tensor(checkpoint["sums"], dtype=torch.float64, device=self.device)
         self.measured = checkpoint.get("measured", [])
         self.sums = sums[self.rank] if len(sums) == self.world_size else sums.sum(dim=0) * (self.rank == 0)
-
-    @property
-    def amp(self):
-        """The number format in use: fp16, bf16 or no."""
-        return effective_amp(self.config.train.amp, self.device)
-
-    @property
-    def compiled(self):
-        """Whether training starts with compiled blocks."""
-        return use_compile(self.config.train.compile, self.device)
 
     @property
     def nbytes(self):
@@ -227,13 +218,11 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
         log.close()
 
 
-# ------------------------------------------------------------------------------------------------ what the loop calls
-
 def prepare_model(state, loss, log):
-    """The network as the loop calls it: its blocks compiled, and wrapped for several processes.
+    """The network as the loop calls it: blocks compiled, wrapped for several processes.
 
-    What is settled in the first pass (kernels for the first shapes, DDP's buckets) is settled by a pass on zeros, the same in a
-    new and in a resumed run: with 3 or more ranks, the layout of DDP's buckets changes the order of sums.
+    A pass on zeros settles what the first pass settles (kernels, DDP's buckets), the same in a new and in a resumed run: with
+    3 or more ranks, the layout of DDP's buckets changes the order of sums.
     """
     net, train = state.net, state.config.train
 
@@ -261,8 +250,7 @@ def prepare_model(state, loss, log):
         if failures:
             run_uncompiled()
             state.optimizer.zero_grad(set_to_none=True)
-            log.say(f"going on without compiled blocks, because torch.compile failed ({failures[0]}); "
-                    f"train.compile=true shows all of it")
+            log.say(f"going on without compiled blocks, because torch.compile failed ({failures[0]}); train.compile=true shows all of it")
     model = distributed.data_parallel(net, static_graph=train.grad_accum == 1)
     if model is not net:
         rehearse(model)

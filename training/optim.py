@@ -49,10 +49,9 @@ def mask_ratio(config, progress):
 class Stepper:
     """One optimizer step in any precision: loss scaling, clipping, and skipping steps with NaN or Inf losses or gradients.
 
-    Nothing here waits for the GPU. Whether a step is skipped is a number on the device, which fused optimizers read themselves;
-    only an optimizer that is not fused has to wait for it.
-    `bad_steps` (2,) int64 on the device counts skipped steps: [in a row until now, in all]. After more than max_bad_steps
-    in a row every step is skipped, so that `report`, which looks only now and then, still finds where it began.
+    Nothing here waits for the GPU, unless the optimizer is not fused: fused ones read on the device whether to skip.
+    bad_steps: (2,) int64 on the device, steps skipped [in a row until now, in all]. After more than max_bad_steps in a row every
+    step is skipped, so that `report`, which looks only now and then, still finds where it began.
     """
 
     def __init__(self, optimizer, amp, device, grad_clip=0.0, max_bad_steps=20):
@@ -69,10 +68,7 @@ class Stepper:
         self.scaler.scale(loss * sound).backward()
 
     def step(self):
-        """Unscale, clip, update the weights unless the step is bad, clear the gradients.
-
-        Returns the gradient norm before clipping, a scalar on the device (NaN when the step was skipped).
-        """
+        """Unscale, clip, update unless the step is bad, clear the gradients. Returns the norm before clipping, NaN if skipped."""
         self.scaler.unscale_(self.optimizer)
         gradients = []
         for parameter in self.parameters:
@@ -124,10 +120,9 @@ def load_optimizer_state(optimizer, saved):
 
 
 def load_moments_by_name(optimizer, net, checkpoint, path):
-    """Take AdamW's moments from a checkpoint, ours or a published one, tensor by tensor under their names.
+    """Take AdamW's moments from a checkpoint, ours or a published one, by the names of its weights.
 
     An optimizer numbers parameters in the order of the state dict; the published one counts the fixed positions too.
-    Raises UserError if the two do not belong together.
     """
     saved = checkpoint["opt"]
     names = [strip_prefixes(name) for name in checkpoint["model"]]

@@ -6,37 +6,34 @@ import dataclasses
 import fcntl
 import os
 import socket
+import sys
 from pathlib import Path
 
 from utils.cli import StopNotice, UserError, parse_with_overrides, str_to_bool
 from utils.config import from_dict, gone_keys, load_config, model_arguments, to_dict, to_yaml
 from utils.files import make_folder
-from utils.schema import check, notes
+from utils.schema import notes
 
 
 def parse_arguments(description, argv=None):
     """Parse a training script's command line: (args, overrides). No torch, so that --help answers at once."""
-    parser = argparse.ArgumentParser(description=description, epilog="Any key of the config can be given as key=value, for example "
-                                     "train.batchsize=64 train.lr=5e-5 log.exp_name=mine. Starting the same command again goes on "
-                                     "with a run that was stopped.")
+    parser = argparse.ArgumentParser(description=description, epilog="Any key of the config can be given as key=value, as in train.lr=5e-5 "
+                                     "log.exp_name=mine. Starting the same command again goes on with a run that was stopped.")
     parser.add_argument("--config", required=True, help="YAML file with the run's settings")
-    parser.add_argument("--num_process_per_node", type=int, help="start this many processes here (one per GPU); "
-                        "not needed under torchrun")
+    parser.add_argument("--num_process_per_node", type=int, help="start this many processes, one per GPU; not under torchrun")
     parser.add_argument("--num_nodes", type=int, default=1, help="nodes in all, with --num_process_per_node (default 1)")
     parser.add_argument("--node_rank", type=int, default=0, help="index of this node, with --num_nodes")
     parser.add_argument("--master_address", default="127.0.0.1", help="address of node 0, with --num_nodes")
     parser.add_argument("--master_port", type=int, default=0, help="port of node 0, with --num_nodes")
     parser.add_argument("--ckpt_path", help="checkpoint to start from, ours or a published one")
-    parser.add_argument("--finetune", action="store_true",
-                        help="start a new run from the weights of --ckpt_path, on other data: the number of classes is the data's, "
-                        "weights of another shape start fresh, positions of another resolution are interpolated")
+    parser.add_argument("--finetune", action="store_true", help="start a new run on other data from the weights of --ckpt_path: "
+                        "classes are the data's, weights of another shape start fresh, positions are interpolated")
     parser.add_argument("--use_ckpt_path", type=str_to_bool, default=True, metavar="BOOL",
                         help="True (default): go on in the checkpoint's own experiment folder; False: start a new folder")
     parser.add_argument("--use_strict_load", type=str_to_bool, default=True, metavar="BOOL",
                         help="True (default): take the optimizer's state too; False: weights only")
-    parser.add_argument("--accept_data", action="store_true",
-                        help="go on although data.root is another path (the same data was moved) or, with --ckpt_path, "
-                        "although the data's latents have another scale, shift or autoencoder")
+    parser.add_argument("--accept_data", action="store_true", help="go on although data.root is another path (the same data was moved) or, "
+                        "with --ckpt_path, although the latents have another scale, shift or autoencoder")
     parser.add_argument("--no_amp", action="store_true", help="train in float32: the same as train.amp=no")
     parser.add_argument("--exp_name", help="the same as log.exp_name=...: the folder of the run")
     parser.add_argument("--results_dir", help="the same as log.results_dir=...: where the folders of runs are")
@@ -46,27 +43,9 @@ def parse_arguments(description, argv=None):
 def resolve_config(args, overrides):
     """The run's Config: the YAML file, then key=value overrides, then the flags that stand for one key."""
     config = load_config(args.config, overrides)
-    train, log = {}, {}
-    if args.no_amp:
-        train["amp"] = "no"
-    if args.exp_name:
-        log["exp_name"] = args.exp_name
-    if args.results_dir:
-        log["results_dir"] = args.results_dir
+    log = {key: getattr(args, key) for key in ("exp_name", "results_dir") if getattr(args, key)}
     log.setdefault("exp_name", config.log.exp_name or Path(args.config).stem)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train), log=dataclasses.replace(config.log, **log))
-    check(config)
-    return config
-
-
-def launch_if_asked(args, script, argv):
-    """With --num_process_per_node, run this script in that many processes; returns their exit code, or None."""
-    if args.num_process_per_node is None:  # not worth the slow import
-        return None
-    from utils import distributed
-
-    return distributed.launch(script, argv, args.num_process_per_node, args.num_nodes, args.node_rank,
-                              args.master_address, args.master_port)
+    return from_dict(to_dict(config), {"log": log, "train": {"amp": "no"} if args.no_amp else {}})
 
 
 def run_folder(config, args):
@@ -84,13 +63,22 @@ def run_folder(config, args):
     return checkpoint.parent.parent
 
 
-def train(config, args, open_dataset, make_encode):
-    """Set the process up, find or make the run's folder, restore what is there, train; returns the exit code.
+def train(description, example, open_dataset, make_encode):
+    """What a training script does: read the command line, check, find or make the run's folder, restore what is there, train.
 
-    open_dataset(config) -> dataset. make_encode(config, dataset, device) -> (encode(batch, generator) -> latents, the
-    description of these latents: {"scale": ..., "shift": ..., "vae": digest or ""}).
+    example: a data.root. open_dataset(config) -> dataset. make_encode(config, dataset, device) -> (encode(batch, generator) ->
+    latents, their description {"scale": ..., "shift": ..., "vae": digest or ""}). Returns the exit code.
     """
+    args, overrides = parse_arguments(description)
+    config = resolve_config(args, overrides)
+    if not config.data.root:
+        raise UserError(f"data.root is empty: give the folder of the data, as in data.root={example}")
     folder = run_folder(config, args)
+    if args.num_process_per_node is not None and "RANK" not in os.environ:
+        from utils.distributed import launch
+
+        return launch(sys.argv[0], sys.argv[1:], args.num_process_per_node, args.num_nodes, args.node_rank,
+                      args.master_address, args.master_port)
     with StopNotice() as notice:  # before the slow imports: a run that is asked to stop meanwhile stops before the first step
         from utils import distributed
         from utils.precision import setup_backends, use_compile
@@ -98,12 +86,13 @@ def train(config, args, open_dataset, make_encode):
         distributed.init(config.train.timeout_s)
         device = distributed.device()
         setup_backends(config.train.tf32, config.train.deterministic, use_compile(config.train.compile, device))
-        code = _train(config, args, folder, open_dataset, make_encode, device, notice)
+        code = train_in(folder, config, args, open_dataset, make_encode, device, notice)
         distributed.shutdown()
     return code
 
 
-def _train(config, args, folder, open_dataset, make_encode, device, notice):
+def train_in(folder, config, args, open_dataset, make_encode, device, notice):
+    """Check everything, then make the network, restore and train in `folder`; returns the exit code."""
     import torch
 
     from models import LOSSES, build_model
@@ -117,17 +106,13 @@ def _train(config, args, folder, open_dataset, make_encode, device, notice):
         raise UserError(f"train.loss={config.train.loss!r} is unknown; wanted one of {', '.join(LOSSES)}")
     check_sampler(config.sample)
     check_sinks(config.log)
-    if args.finetune:
-        config, dataset = open_for_finetuning(config, open_dataset)
-    else:
-        dataset = open_dataset(config)
+    config, dataset = open_for_finetuning(config, open_dataset) if args.finetune else (config, open_dataset(config))
     encode, latents = make_encode(config, dataset, device)
     sample_grid = make_sample_grid(config, folder, dataset.class_names, device, latents)
     evaluate = make_evaluate(config, folder, device, latents)
     with claim(folder) if distributed.is_main() else contextlib.nullcontext():
         distributed.barrier()
-        path, own = find_start(folder, args)
-        checkpoint = read_start(config, folder, args, latents, path, own) if path else None
+        path, own, checkpoint = read_start(config, folder, args, latents)
         torch.manual_seed(config.train.seed)
         net = build_model(**model_arguments(config)).to(device)
         distributed.broadcast_module(net)  # before its copies are made
@@ -156,10 +141,7 @@ def _train(config, args, folder, open_dataset, make_encode, device, notice):
 
 @contextlib.contextmanager
 def claim(folder):
-    """Make the folder of a run and hold its run.lock; a folder that is new and still empty at the end goes again.
-
-    The system frees the lock of a process that dies, however it dies. Raises UserError if another process holds it.
-    """
+    """Make a run's folder and hold its run.lock, which the system frees when the process dies. A new folder that stays empty goes again."""
     new = not os.path.isdir(folder)
     make_folder(folder, "log.results_dir/log.exp_name")
     path = folder / "run.lock"
@@ -169,8 +151,7 @@ def claim(folder):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise UserError(f"{folder} is in use by {lock.read() or 'another process'}; stop that job first, or give this one "
-                            f"another log.exp_name") from None
+            raise UserError(f"{folder} is in use by {lock.read()}; stop that job first, or give this one another log.exp_name") from None
         if os.fstat(lock.fileno()).st_nlink:  # else its last holder has deleted it meanwhile
             break
     lock.truncate(0)
@@ -198,45 +179,41 @@ def open_for_finetuning(config, open_dataset):
     return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=dataset.num_classes)), dataset
 
 
-# ------------------------------------------------------------------------------------------------ starting point
+def read_start(config, folder, args, latents):
+    """(path, own, checkpoint) to begin with: the run's own newest one, else --ckpt_path, else (None, False, None).
 
-def find_start(folder, args):
-    """(path, own): the run's own newest checkpoint, else --ckpt_path, else None; own says that it is the run's."""
+    own: it is the run's. Says which settings have changed since, and refuses what does not go together.
+    """
+    from sampling.load import load_checkpoint
     from training.checkpoint import find_latest
     from utils import distributed
     from utils.logging import say
 
     latest = distributed.broadcast_object(find_latest(folder / "checkpoints") if distributed.is_main() else None)
-    if latest is None:
-        return args.ckpt_path, False
-    if args.ckpt_path and args.use_ckpt_path and not args.finetune and latest.resolve() != Path(args.ckpt_path).resolve():
-        say(f"{args.ckpt_path} is not the newest of its run: {latest.name} is")
-    return latest, True
-
-
-def read_start(config, folder, args, latents, path, own):
-    """Read a checkpoint and compare it with what is asked for; says what has changed, and refuses what does not go together."""
-    from sampling.load import load_checkpoint
-
+    path = latest or args.ckpt_path
+    if path is None:
+        return None, False, None
     checkpoint = load_checkpoint(path)
     differing = differences(checkpoint.get("latents"), latents)
-    if own:
-        then = checkpoint["config"]
-        root_then, root_now = then["data"]["root"], config.data.root
-        if root_then != root_now and Path(root_then).resolve() != Path(root_now).resolve() and not args.accept_data:
-            raise UserError(f"{folder} holds a run on data.root={root_then}, not {root_now}; choose another log.exp_name for other data, "
-                            f"or add --accept_data if the same data was moved")
-        if differing:
-            raise UserError(f"{folder} holds a run on latents of another kind ({differing}); choose another log.exp_name, or give that data")
-        reached, wanted = checkpoint["step"], checkpoint["start_step"] + config.train.max_num_steps
-        if reached > wanted:
-            raise UserError(f"train.max_num_steps={config.train.max_num_steps} ends at step {wanted}, but the run in {folder} is at step "
-                            f"{reached} already; nothing was done. Set it above {reached - checkpoint['start_step']} to go on")
-        _tell_changes(config, checkpoint, folder)
-    elif differing and not args.accept_data:
-        raise UserError(f"checkpoint {path} was trained on latents of another kind ({differing}); set data.scale and data.shift if the data "
-                        f"does not say its own, or add --accept_data to train on them all the same")
-    return checkpoint
+    if latest is None:
+        if differing and not args.accept_data:
+            raise UserError(f"checkpoint {path} was trained on latents of another kind ({differing}); set data.scale and data.shift if "
+                            f"the data does not say its own, or add --accept_data to train on them all the same")
+        return path, False, checkpoint
+    if args.ckpt_path and args.use_ckpt_path and not args.finetune and latest.resolve() != Path(args.ckpt_path).resolve():
+        say(f"{args.ckpt_path} is not the newest of its run: {latest.name} is")
+    then, reached, start = checkpoint["config"], checkpoint["step"], checkpoint["start_step"]
+    root = then["data"]["root"]
+    if root != config.data.root and Path(root).resolve() != Path(config.data.root).resolve() and not args.accept_data:
+        raise UserError(f"{folder} holds a run on data.root={root}, not {config.data.root}; choose another log.exp_name for other data, "
+                        f"or add --accept_data if the same data was moved")
+    if differing:
+        raise UserError(f"{folder} holds a run on latents of another kind ({differing}); choose another log.exp_name, or give that data")
+    if reached > start + config.train.max_num_steps:
+        raise UserError(f"{folder} has reached step {reached}, past the end that train.max_num_steps={config.train.max_num_steps} sets, "
+                        f"step {start + config.train.max_num_steps}; nothing was done. Set it above {reached - start} to go on")
+    _tell_changes(config, checkpoint, folder)
+    return path, True, checkpoint
 
 
 def differences(then, now):
@@ -250,8 +227,7 @@ def differences(then, now):
 def start_from(state, checkpoint, path, strict, finetune=False):
     """Begin a new run with the weights of a checkpoint, ours or a published one; steps count on from its own.
 
-    strict: take the optimizer's state too. finetune: tensors of another shape keep their fresh values, which is said once.
-    Raises UserError listing, by name, what is missing, unknown or of another shape.
+    strict: take the optimizer's state too. finetune: tensors of another shape keep their fresh values.
     """
     from sampling.load import load_weights_into, steps_done, weights_of
     from training.optim import load_moments_by_name
@@ -276,20 +252,20 @@ def _tell_changes(config, checkpoint, folder):
     gone = gone_keys(checkpoint["config"])
     if gone:
         say(f"the run was begun by an older version; without effect today: {', '.join(gone)}")
-    changed = {f"{section}.{key}": f"{then[section][key]} -> {value}" for section in now if section != "log"
-               for key, value in now[section].items() if then[section][key] != value}
-    other_model = [f"{key} {change}" for key, change in changed.items() if key.startswith("model.")]
+    changed = [f"{section}.{key} {then[section][key]} -> {value}" for section in now if section != "log"
+               for key, value in now[section].items() if then[section][key] != value]
+    other_model = [change for change in changed if change.startswith("model.")]
     if other_model:
-        raise UserError(f"{folder} holds a run of another model: {', '.join(other_model)}; "
-                        f"choose another log.exp_name, or the settings of that run (its config.yaml)")
+        raise UserError(f"{folder} holds a run of another model: {', '.join(other_model)}; choose another log.exp_name, or the settings "
+                        f"of that run (its config.yaml)")
     if changed:
-        say(f"settings changed since the checkpoint: {', '.join(f'{key} {change}' for key, change in changed.items())}")
-    batch_then = then["train"]["batchsize"] * checkpoint["world_size"]
-    batch_now = config.train.batchsize * distributed.world_size()
-    if checkpoint["world_size"] != distributed.world_size() or batch_then != batch_now:
-        say(f"going on with {distributed.world_size()} processes of {config.train.batchsize} images instead of "
-            f"{checkpoint['world_size']} of {then['train']['batchsize']}: the data goes on at image {checkpoint['images_seen']:,}, "
-            f"steps are now {batch_now} images instead of {batch_then}, and the random draws differ from the run so far")
+        say(f"settings changed since the checkpoint: {', '.join(changed)}")
+    ranks_then, batch_then = checkpoint["world_size"], then["train"]["batchsize"]
+    ranks_now, batch_now = distributed.world_size(), config.train.batchsize
+    if (ranks_then, batch_then) != (ranks_now, batch_now):
+        say(f"going on with {ranks_now} processes of {batch_now} images instead of {ranks_then} of {batch_then}: the data goes on at image "
+            f"{checkpoint['images_seen']:,}, steps are now {ranks_now * batch_now} images instead of {ranks_then * batch_then}, "
+            f"and the random draws differ from the run so far")
 
 
 def describe(state, dataset, folder):
@@ -298,15 +274,14 @@ def describe(state, dataset, folder):
     from training.optim import mask_ratio
     from utils.logging import say
 
-    train, net = state.config.train, state.net
-    parts = [f"{name} {len(blocks)} x {table.shape[2]}" for name, blocks, table in (
-        ("encoder", getattr(net.model, "blocks", None), getattr(net.model, "pos_embed", None)),
-        ("decoder", getattr(net.model, "decoder_blocks", None), getattr(net.model, "decoder_pos_embed", None))) if blocks]
-    kept = [count_kept(net.num_tokens, mask_ratio(train, progress)) for progress in (0.0, 1.0)]
-    kept = f"{kept[0]}" if kept[0] == kept[1] else f"{kept[0]} to {kept[1]}"
-    parameters = sum(p.numel() for p in net.parameters())
-    say(f"{folder}: {state.config.model.model_type}, {parameters / 1e6:.1f}M parameters ({', '.join(parts)} as depth x width), "
-        f"{kept} of {net.num_tokens} patches kept, latents {net.in_channels} x {net.in_size} x {net.in_size}, {net.num_classes} classes")
-    say(f"{len(dataset):,} samples of {dataset.name}")
-    say(f"{state.world_size} process(es) on {state.device.type}, {train.batchsize} images each per step in {train.grad_accum} "
-        f"round(s), precision {state.amp}, blocks {'compiled' if state.compiled else 'not compiled'}, steps {state.step} to {state.end_step}")
+    train, net, sizes = state.config.train, state.net, []
+    for name, prefix in (("encoder", ""), ("decoder", "decoder_")):
+        if hasattr(net.model, f"{prefix}blocks") and hasattr(net.model, f"{prefix}pos_embed"):
+            sizes.append(f"{name} {len(getattr(net.model, f'{prefix}blocks'))} x {getattr(net.model, f'{prefix}pos_embed').shape[2]}, ")
+    kept = {str(count_kept(net.num_tokens, mask_ratio(train, progress))): None for progress in (0.0, 1.0)}
+    parameters = sum(p.numel() for p in net.parameters()) / 1e6
+    say(f"{folder}: {state.config.model.model_type}, {''.join(sizes)}{parameters:.1f}M parameters, {net.num_classes} classes, latents "
+        f"{net.in_channels} x {net.in_size} x {net.in_size}, {' to '.join(kept)} of {net.num_tokens} patches kept")
+    say(f"{len(dataset):,} samples of {dataset.name}; {state.world_size} process(es) on {state.device.type}, {train.batchsize} images each "
+        f"per step in {train.grad_accum} round(s), precision {state.amp}, blocks {'compiled' if state.compiled else 'not compiled'}, "
+        f"steps {state.step} to {state.end_step}")

@@ -12,8 +12,7 @@ from utils.logging import say
 def make_sample_grid(config, folder, class_names, device, latents):
     """sample_grid(net, step) -> picture (H, W, 3) uint8 of fixed seeds, saved as samples/STEP.png; None if it is there already.
 
-    None if no grids are asked for. latents: the description of what the run is trained on.
-    Raises UserError if the autoencoder that decodes is missing or does not fit.
+    None if no grids are asked for. latents: the description of what the run is trained on; the autoencoder must fit it.
     """
     if not config.log.sample_every:
         return None
@@ -23,8 +22,8 @@ def make_sample_grid(config, folder, class_names, device, latents):
         try:
             decode = image_decoder(config.vae, config.model.in_channels, device, latents, f"data.root={config.data.root}")
         except UserError as error:
-            raise UserError(f"{error}. Sample grids (log.sample_every={config.log.sample_every}) need it; log.sample_every=0 trains without them, "
-                            f"and vae.path='' shows the first three latent channels instead") from error
+            raise UserError(f"{error}. Sample grids (log.sample_every={config.log.sample_every}) need it; log.sample_every=0 trains "
+                            f"without, and vae.path='' shows the first three latent channels instead") from error
     else:
         say("vae.path is empty: sample grids show the first three latent channels")
         decode = latents_to_uint8
@@ -43,9 +42,8 @@ def make_sample_grid(config, folder, class_names, device, latents):
 def make_evaluate(config, folder, device, latents):
     """evaluate(net, step) -> numbers, from eval.num_images samples of seeds 0, 1, ...; None if not asked for.
 
-    The numbers with every setting behind them are saved as evaluations/STEP.json, and read from there if they are there already.
+    They are saved with every setting behind them as evaluations/STEP.json, and read from there if they are there already.
     If images have NaN, the only number is nan_images: how many.
-    Raises UserError if the reference or the autoencoder is missing or does not fit.
     """
     if not config.eval.every:
         return None
