@@ -101,14 +101,14 @@ def steps_done(checkpoint):
     return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
 
 
-def load_weights_into(net, weights, path, skip_mismatched=False, remedy="check the model section of the config"):
+def load_weights_into(net, weights, path, skip_mismatched=False, remedy="check the model section of the config", tell=say):
     """Load a state dict into `net`. Raises UserError with the names of what is missing, unknown or of another shape.
 
-    skip_mismatched: leave those out and say so; position tables of another grid are interpolated. remedy: what the error advises.
+    skip_mismatched: leave those out and `tell` so; position tables of another grid are interpolated. remedy: what the error advises.
     """
     own = net.state_dict()
     if skip_mismatched:
-        weights = {name: _fit_positions(name, value, own, path) for name, value in weights.items()}
+        weights = {name: _fit_positions(name, value, own, path, tell) for name, value in weights.items()}
     fits = {name: name in own and value.shape == own[name].shape for name, value in weights.items()}
     misfits = {"missing": own.keys() - weights.keys(), "unknown": weights.keys() - own.keys(),
                "other shape": {f"{name} {tuple(weights[name].shape)}, wanted {tuple(own[name].shape)}"
@@ -119,11 +119,11 @@ def load_weights_into(net, weights, path, skip_mismatched=False, remedy="check t
     if not any(fits.values()):
         raise UserError(f"checkpoint {path} has nothing that fits the model; {problems}")
     if problems:
-        say(f"checkpoint {path}: left at fresh values or out; {problems}")
+        tell(f"checkpoint {path}: left at fresh values or out; {problems}")
     net.load_state_dict({name: value for name, value in weights.items() if fits[name]}, strict=False)
 
 
-def _fit_positions(name, value, own, path):
+def _fit_positions(name, value, own, path, tell):
     """A position table of another grid, computed for the grid of the network; anything else as it is."""
     if not name.endswith("pos_embed") or name not in own or value.dim() != 3 or value.shape[2] != own[name].shape[2]:
         return value
@@ -131,7 +131,7 @@ def _fit_positions(name, value, own, path):
     old_grid, new_grid = math.isqrt(old), math.isqrt(new)
     if old == new or old_grid**2 != old or not torch.allclose(value, sincos_positions(width, old_grid), atol=1e-3):
         return value
-    say(f"checkpoint {path}: {name} is interpolated from {old_grid} x {old_grid} to {new_grid} x {new_grid} patches")
+    tell(f"checkpoint {path}: {name} is interpolated from {old_grid} x {old_grid} to {new_grid} x {new_grid} patches")
     return sincos_positions(width, new_grid, unit_grid=old_grid)
 
 

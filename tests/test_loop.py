@@ -135,6 +135,19 @@ def test_learning_rate_and_mask_ratio_follow_the_step():
     assert (state.step, state.images_seen) == (4, 16)
 
 
+def test_schedules_count_from_the_step_and_image_that_the_run_started_at():
+    """A run from a checkpoint of step 100 has its own warm-up and decay."""
+    state = make_state(train__warmup_images=8, train__lr=1.0, train__lr_schedule="linear", train__mask_ratio_fn="linear", train__max_num_steps=4)
+    state.step = state.start_step = 100
+    state.images_seen = state.start_images = 400
+    ratios, rates = [], []
+    for _ in range(4):
+        ratios.append(train_step(state, state.net, make_loss(state), *make_batch(), encode, torch.Generator()))
+        rates.append(state.optimizer.param_groups[0]["lr"])
+    assert ratios == [0.5, 0.375, 0.25, 0.125] and rates == [0, 0.75 * 0.5, 0.5, 0.25]
+    assert (state.step, state.images_seen, state.end_step) == (104, 416, 104)
+
+
 def test_ema_follows_every_step():
     state = make_state()
     start = weights(state)

@@ -24,6 +24,8 @@ from utils.config import to_dict
 from utils.logging import Progress, RunLog, format_seconds
 from utils.precision import autocast, compile_options, effective_amp, run_uncompiled, use_compile
 
+STEADIER = "Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)"
+
 
 class TrainState:
     """What a run is at one moment: weights, their average, optimizer, and how far it has come.
@@ -211,7 +213,12 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
         if stop:
             log.say(f"stopped at step {state.step} as asked; the same command goes on from there")
             return EXIT_STOPPED
-        return EXIT_BAD if mostly_bad(state, log) else 0
+        bad, steps = int(state.stepper.bad_steps[1]), state.step - state.start_step
+        if 2 * bad > steps:
+            log.say(f"WARNING: {bad} of the run's {steps} steps had NaN or Inf losses or gradients and changed nothing: the weights are "
+                    f"of little use. {STEADIER}, with another log.exp_name")
+            return EXIT_BAD
+        return 0
     finally:
         if writer is not None:
             writer.wait()  # whatever happened: nobody else may write here before this is on disk
@@ -262,20 +269,9 @@ def check_bad_steps(state, log, writer):
     text, hopeless = state.stepper.report(state.step)
     if hopeless:
         newest = distributed.broadcast_object(writer.newest() if writer is not None else None)
-        raise UserError(f"{text}. Last good checkpoint: {newest or 'none yet'}. "
-                        f"Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)")
+        raise UserError(f"{text}. Last good checkpoint: {newest or 'none yet'}. {STEADIER}")
     if text:
         log.say(f"WARNING: {text}")
-
-
-def mostly_bad(state, log):
-    """Whether more than half of the run's steps were skipped, which is said."""
-    bad, steps = int(state.stepper.bad_steps[1]), state.step - state.start_step
-    if 2 * bad <= steps:
-        return False
-    log.say(f"WARNING: {bad} of the run's {steps} steps had NaN or Inf losses or gradients and changed nothing: the weights are of little "
-            f"use. Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no), with another log.exp_name")
-    return True
 
 
 def measure(state, ratio, images_per_s):

@@ -152,6 +152,8 @@ def claim(folder):
         except BlockingIOError:
             lock.seek(0)
             raise UserError(f"{folder} is in use by {lock.read()}; stop that job first, or give this one another log.exp_name") from None
+        except OSError as error:  # some network disks have no locks
+            print(f"{path} cannot be locked ({error.strerror}): see to it that no other job trains in this folder", flush=True)
         if os.fstat(lock.fileno()).st_nlink:  # else its last holder has deleted it meanwhile
             break
     lock.truncate(0)
@@ -231,10 +233,11 @@ def start_from(state, checkpoint, path, strict, finetune=False):
     """
     from sampling.load import load_weights_into, steps_done, weights_of
     from training.optim import load_moments_by_name
+    from utils.logging import say
 
     remedy = "check the model section of the config, or add --finetune, which leaves out what does not fit"
-    for net, which in ((state.net, "model"), (state.ema.net, "ema")):
-        load_weights_into(net, weights_of(checkpoint, which, path), path, finetune, remedy)
+    for net, which, tell in ((state.net, "model", say), (state.ema.net, "ema", lambda text: None)):  # both leave out the same: told once
+        load_weights_into(net, weights_of(checkpoint, which, path), path, finetune, remedy, tell)
     if strict:
         if "opt" not in checkpoint:
             raise UserError(f"checkpoint {path} has no optimizer state; to start from its weights only, add --use_strict_load False")
