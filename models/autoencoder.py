@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import torch
@@ -12,21 +13,6 @@ from torch import nn
 from utils.cli import UserError
 
 SCALE = 0.18215  # latents = SCALE * z, the factor of latent diffusion (Rombach et al. 2022)
-
-# Latent-diffusion names -> diffusers names, where they differ; _rename counts the decoder's levels anew
-RENAMES = [
-    (r"(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
-    (r"(encoder|decoder)\.mid\.block_1\.", r"\1.mid_block.resnets.0."),
-    (r"(encoder|decoder)\.mid\.block_2\.", r"\1.mid_block.resnets.1."),
-    (r"(encoder|decoder)\.mid\.attn_1\.norm\.", r"\1.mid_block.attentions.0.group_norm."),
-    (r"(encoder|decoder)\.mid\.attn_1\.([qkv])\.", r"\1.mid_block.attentions.0.to_\2."),
-    (r"(encoder|decoder)\.mid\.attn_1\.proj_out\.", r"\1.mid_block.attentions.0.to_out.0."),
-    (r"encoder\.down\.(\d+)\.block\.(\d+)\.", r"encoder.down_blocks.\1.resnets.\2."),
-    (r"encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
-    (r"decoder\.up\.(\d+)\.block\.(\d+)\.", r"decoder.up_blocks.\1.resnets.\2."),
-    (r"decoder\.up\.(\d+)\.upsample\.", r"decoder.up_blocks.\1.upsamplers.0."),
-    (r"(.*)\.nin_shortcut\.", r"\1.conv_shortcut."),
-]
 
 TRAINING_PREFIXES = ("loss.", "model_ema.")  # what the file of an autoencoder's own training holds besides it
 FETCH = "`python3 download_assets.py --name vae` fetches the published one"
@@ -79,11 +65,8 @@ class Autoencoder(nn.Module):
     def encode_moments(self, images):
         """images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, H/f, W/f) float32: means, then unclamped log-variances.
 
-        Raises ValueError for another shape, UserError for sides that are not multiples of f = downsample.
+        Raises UserError for sides that are not multiples of f = downsample.
         """
-        channels = self.vae.config.in_channels
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images have shape {tuple(images.shape)}, wanted (B, {channels}, H, W)")
         if images.shape[2] % self.downsample or images.shape[3] % self.downsample:
             raise UserError(f"images are {images.shape[2]}x{images.shape[3]}; this autoencoder needs sides that are "
                             f"multiples of {self.downsample}: crop or resize them")
@@ -94,10 +77,8 @@ class Autoencoder(nn.Module):
         """latents (B, C, h, w), scaled -> images (B, 3, h*f, w*f) float32, about [-1, 1] (not clipped).
 
         Decodes at most decode_batch at once. When the GPU runs out of memory, halves that and goes on.
-        Raises torch.cuda.OutOfMemoryError if one image alone does not fit, ValueError for another shape.
+        Raises torch.cuda.OutOfMemoryError if one image alone does not fit.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}, wanted (B, {self.latent_channels}, h, w)")
         images = []
         done = 0
         while done < len(latents):
@@ -156,12 +137,13 @@ def _load_folder(folder):
             # low_cpu_mem_usage=False: no need of accelerate, and no notice about it
             loaded = AutoencoderKL.from_pretrained(home, low_cpu_mem_usage=False, output_loading_info=True)
     except Exception as error:  # json, diffusers and safetensors each have kinds of their own
-        first_line = str(error).strip().partition("\n")[0]
-        raise UserError(f"{home} cannot be loaded: {first_line}") from error
+        raise UserError(f"{home} cannot be loaded: {_shortened(error)}") from error
     if loaded is None:
         raise UserError(f"{home}/config.json describes {kind}, wanted AutoencoderKL")
     vae, info = loaded
-    _check_keys(home, set(info["missing_keys"]), set(info["unexpected_keys"]))
+    problems = [f"{kind}: {', '.join(sorted(info[kind]))}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
+    if problems:
+        raise UserError(f"{home} does not fit its architecture: {_shortened('; '.join(problems))}")
     return vae
 
 
@@ -179,28 +161,22 @@ def _fetch(hub_id):
         return Path(snapshot_download(hub_id, allow_patterns=[*files, *(f"vae/{name}" for name in files)],
                                       local_files_only=unreachable is not None))
     except Exception as error:
-        reason = str(unreachable or error).strip().partition("\n")[0]
         raise UserError(f"no autoencoder at {hub_id}: no such file or folder here, and fetching it from Hugging Face failed "
-                        f"({reason}); {FETCH}") from error
+                        f"({_shortened(unreachable or error)}); {FETCH}") from error
 
 
 def _load_latent_diffusion(path):
     """A diffusers AutoencoderKL holding the weights of a state dict file in latent-diffusion naming."""
     from diffusers import AutoencoderKL
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     state = _read_state(path)
-    vae = AutoencoderKL(**_architecture(path, state))
-    levels = len(vae.config.block_out_channels)
-    wanted = vae.state_dict()
-    renamed = {_rename(key, levels): value for key, value in state.items()}
-    _check_keys(path, wanted.keys() - renamed.keys(), renamed.keys() - wanted.keys())
-    for key, value in renamed.items():
-        if "attentions" in key and value.ndim == 4:
-            value = value[:, :, 0, 0]  # 1x1 convolution -> linear layer
-        if value.shape != wanted[key].shape:
-            raise UserError(f"{path}: {key} has shape {tuple(value.shape)}, wanted {tuple(wanted[key].shape)}")
-        renamed[key] = value
-    vae.load_state_dict(renamed)
+    architecture = _architecture(path, state)
+    vae = AutoencoderKL(**architecture)
+    try:
+        vae.load_state_dict(convert_ldm_vae_checkpoint(state, architecture))
+    except RuntimeError as error:  # it names the tensors that are missing, unexpected or of another shape
+        raise UserError(f"{path} does not fit its architecture: {_shortened(error)}") from error
     return vae
 
 
@@ -229,7 +205,7 @@ def _architecture(path, state):
     if not firsts or any(weight is None or weight.ndim != 4 for weight in ends + firsts) or len(firsts[0]) % 32:
         raise UserError(f"{path} is no autoencoder in latent-diffusion naming: wanted encoder.conv_in.weight, "
                         f"encoder.down.0.block.0.conv1.weight, ..., post_quant_conv.weight, with channels in groups of 32; "
-                        f"it has {_some(state) or 'nothing'}")
+                        f"it has {_shortened(', '.join(sorted(state))) or 'nothing'}")
     return dict(
         in_channels=ends[0].shape[1], out_channels=ends[1].shape[0], latent_channels=ends[2].shape[1],
         block_out_channels=tuple(weight.shape[0] for weight in firsts), layers_per_block=len(blocks),
@@ -238,20 +214,6 @@ def _architecture(path, state):
     )
 
 
-def _rename(key, levels):
-    """The diffusers name of a latent-diffusion key. levels: number of resolutions."""
-    for pattern, replacement in RENAMES:
-        key = re.sub("^" + pattern, replacement, key)
-    # latent diffusion counts the decoder's levels from full resolution, diffusers from the latents
-    return re.sub(r"(?<=up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), key)
-
-
-def _check_keys(source, missing, unknown):
-    if missing or unknown:
-        raise UserError(f"{source} does not fit its architecture: missing {_some(missing) or 'nothing'}; "
-                        f"unknown {_some(unknown) or 'nothing'}")
-
-
-def _some(keys):
-    keys = sorted(map(str, keys))
-    return ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+def _shortened(error):
+    """The words of an exception, or of another text, on one line that is not too long."""
+    return textwrap.shorten(str(error), 300, placeholder=" ...")

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
 from models import autoencoder as module
 from models import load_autoencoder, sample_moments
@@ -169,12 +170,11 @@ def test_latent_diffusion_file_equals_slow_reference(tmp_path, images, layout):
 def test_stable_diffusion_layout_has_248_tensors_and_every_one_is_mapped():
     state = latent_diffusion_state(width=128, multiples=(1, 2, 4, 4), blocks=2, z=4, device="meta")
     assert len(state) == 248
+    architecture = module._architecture("file", state)
     with torch.device("meta"):
-        wanted = AutoencoderKL(**module._architecture("file", state)).state_dict()
-    renamed = {module._rename(key, levels=4): value for key, value in state.items()}
-    assert renamed.keys() == wanted.keys()
-    for key, value in renamed.items():
-        assert value.numel() == wanted[key].numel() and value.shape[:2] == wanted[key].shape[:2], key
+        wanted = AutoencoderKL(**architecture).state_dict()
+    converted = convert_ldm_vae_checkpoint(state, architecture)
+    assert {name: value.shape for name, value in converted.items()} == {name: value.shape for name, value in wanted.items()}
     assert sum(value.numel() for value in wanted.values()) == 83_653_863  # the size of Stable Diffusion's autoencoder
 
 
@@ -298,19 +298,12 @@ def test_decode_stops_when_one_image_does_not_fit(small, monkeypatch):
 def test_images_that_do_not_fit_are_refused(small):
     with pytest.raises(UserError, match="multiples of 2"):
         small.encode_moments(torch.zeros(2, 3, 16, 17))
-    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
-        small.encode_moments(torch.zeros(2, 1, 16, 16))
-
-
-def test_latents_that_do_not_fit_are_refused(small):
-    with pytest.raises(ValueError, match=r"\(B, 5, h, w\)"):
-        small.decode(torch.zeros(2, 4, 8, 8))
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda state: state.pop("decoder.norm_out.bias"), "missing decoder.conv_norm_out.bias"),
-    (lambda state: state.update({"encoder.down.1.attn.0.q.weight": torch.ones(1)}), "unknown encoder.down.1.attn.0.q.weight"),
-    (lambda state: state.update({"quant_conv.bias": torch.ones(3)}), "quant_conv.bias has shape"),
+    (lambda state: state.pop("decoder.norm_out.bias"), 'Missing key.*"decoder.conv_norm_out.bias"'),
+    (lambda state: state.update({"encoder.down.1.attn.0.q.weight": torch.ones(1)}), 'Unexpected key.*"encoder.down.1.attn.0.q.weight"'),
+    (lambda state: state.update({"quant_conv.bias": torch.ones(3)}), "size mismatch for quant_conv.bias"),
     (lambda state: state.pop("encoder.conv_in.weight"), "no autoencoder in latent-diffusion naming"),
     (lambda state: state.clear(), "it has nothing"),
     (lambda state: state.update(quant_conv=[1, 2]), "no state dict"),
@@ -321,7 +314,7 @@ def test_wrong_keys_are_named(tmp_path, spoil, message):
     torch.save(state, tmp_path / "vae.pth")
     with pytest.raises(UserError, match=message) as error:
         load_autoencoder(tmp_path / "vae.pth")
-    assert str(tmp_path / "vae.pth") in str(error.value)
+    assert str(tmp_path / "vae.pth") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_pickle_with_another_class_is_refused_and_not_run(tmp_path):
@@ -415,5 +408,5 @@ def test_a_folder_that_lacks_a_tensor_is_refused(tmp_path):
     state = load_file(weights)
     del state["quant_conv.bias"]
     save_file(state, weights, metadata={"format": "pt"})
-    with pytest.raises(UserError, match="missing quant_conv.bias"):
+    with pytest.raises(UserError, match="missing_keys: quant_conv.bias"):
         load_autoencoder(tmp_path)
