@@ -1,6 +1,5 @@
 """How every script starts and ends: settings apart from options, mistakes of the user in one line, bugs with their traceback."""
 
-import difflib
 import os
 import re
 import signal
@@ -22,24 +21,15 @@ class UserError(ValueError):
     """A mistake that the user can mend. The text says which key or file, what it was, what is wanted and what to do."""
 
 
-def split_overrides(argv):
-    """Take the overrides of the config, such as train.lr=1e-4, out of a command line: (rest, overrides).
-
-    Else argparse would read an override after `--class_idx 3` as another class.
-    """
-    overrides = [text for text in argv if re.match(r"\w+(\.\w+)+=", text)]
-    return [text for text in argv if text not in overrides], overrides
-
-
 def parse_with_overrides(parser, argv=None):
-    """(args, overrides) of a command line in which overrides may stand anywhere. A misspelt option is a UserError."""
-    rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    args, unknown = parser.parse_known_args(rest)
-    for text in unknown:
-        if text.startswith("-") or "=" not in text:  # lr=1 is an override without its section: the config knows the right one
-            close = difflib.get_close_matches(text.partition("=")[0], re.findall(r"--\w+", parser.format_help()), n=1)
-            hint = f"did you mean {close[0]}?" if close else "see --help"
-            raise UserError(f"argument {text!r} is not understood; {hint} (settings look like train.lr=1e-4)")
+    """(args, overrides) of a command line in which overrides of the config, such as train.lr=1e-4, may stand anywhere.
+
+    They are taken out first: argparse would read one after `--class_idx 3` as another class. What argparse does not know
+    is left among the overrides, where `load_config` refuses it.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    overrides = [text for text in argv if re.match(r"\w+(\.\w+)+=", text)]
+    args, unknown = parser.parse_known_args([text for text in argv if text not in overrides])
     return args, overrides + unknown
 
 

@@ -6,16 +6,13 @@ A config is checked completely before any work: every mistake is a UserError tha
 
 import dataclasses
 import difflib
+import inspect
 import re
 import typing
 from pathlib import Path
-from typing import Literal
 
 from utils.cli import UserError
 from utils.schema import KEYS, SECTIONS, Config, check
-
-GONE = {"sample.solver_set": "set sample.sampler instead", "train.switch_off": "leave it out", "train.cuda_graphs": "leave it out",
-        "train.token_multiple": "leave it out"}  # keys of older versions, and what to do about them
 
 
 def load_config(path=None, overrides=(), base=None):
@@ -28,7 +25,7 @@ def load_config(path=None, overrides=(), base=None):
         layers.append(_read_yaml(Path(path)))
     for text in overrides:
         if not re.match(r"[\w.]+=", text):
-            raise UserError(f"argument {text!r} is not understood; overrides look like train.lr=1e-4, options like --config")
+            raise UserError(f"argument {text!r} is not understood; see --help (settings look like train.lr=1e-4)")
         layers.append(_parse("from_dotlist", [text], text))
     return from_dict(*layers)
 
@@ -52,7 +49,7 @@ def from_dict(*layers, forgive=False):
         try:
             OmegaConf.update(tree, name, value)
         except (OmegaConfBaseException, OverflowError) as error:
-            raise UserError(f"{name}={value!r}: wanted {_wanted(name)}, got {type(value).__name__}") from error
+            raise UserError(f"{name}={value!r}: wanted {inspect.formatannotation(KEYS[name].type)}, got {type(value).__name__}") from error
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # such as ${train.lrr}, which leads nowhere
@@ -88,9 +85,6 @@ def gone_keys(values):
 def _read_yaml(path):
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        close = difflib.get_close_matches(str(path), map(str, path.parent.glob("*.yaml")), n=3, cutoff=0.3)
-        raise UserError(f"--config {path}: no such file{'; there is ' if close else ''}{', '.join(close)}") from None
     except (OSError, UnicodeError) as error:
         raise UserError(f"--config {path} cannot be read ({getattr(error, 'strerror', error)}); give a YAML file") from error
     content = _parse("create", text, f"--config {path}")
@@ -132,24 +126,10 @@ def _forgiven(flat):
 
 
 def _unknown(name, value):
-    """The UserError for a name that is no key."""
+    """The UserError for a name that is no key, with the nearest one."""
     if name in SECTIONS:
-        example = next(key for key in KEYS if key.startswith(name))
-        return UserError(f"{name}={value!r} is a section; set its keys, as in {example}=...")
-    if name in GONE:
-        return UserError(f"{name} is gone; {GONE[name]}")
-    close = [key for key in KEYS if key.split(".")[1] == name.split(".")[-1]]
+        return UserError(f"{name}={value!r}: this is a section; set its keys, as in {name}.KEY={value}")
+    close = [key for key in KEYS if key.split(".")[1] == name.split(".")[-1]]  # the right key in the wrong section
     close = close or difflib.get_close_matches(name, [*KEYS, *SECTIONS], n=1, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"the sections are {', '.join(SECTIONS)}"
     return UserError(f"unknown key {name!r}; {hint}")
-
-
-def _wanted(name):
-    """In words, what values a key takes."""
-    kind, or_null = KEYS[name].type, ""
-    if typing.get_origin(kind) is typing.Union:  # Optional
-        kind, or_null = typing.get_args(kind)[0], " or null"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text",
-             tuple: f"a list of 2 numbers, as in {name}=[0.9,0.999]", dict: f"names and values, as in {name}.size=3",
-             Literal: f"one of {', '.join(str(choice).lower() for choice in typing.get_args(kind))}"}
-    return words[typing.get_origin(kind) or kind] + or_null

@@ -165,7 +165,7 @@ def check(config):
     values = {name: getattr(getattr(config, name.partition(".")[0]), key.name) for name, key in KEYS.items()}
     for name, value in values.items():
         _check_limits(name, value)
-    model, data, train, sample, log = config.model, config.data, config.train, config.sample, config.log
+    model, data, train, sample = config.model, config.data, config.train, config.sample
     ends = [("train.mask_ratio_min", "train.mask_ratio"), ("sample.sigma_min", "sample.sigma_max"), ("sample.S_min", "sample.S_max")]
     for low, high in ends:
         if None not in (values[low], values[high]) and values[low] > values[high]:
@@ -193,8 +193,6 @@ def check(config):
                         f"model.use_decoder=false; set train.mask_ratio=0 or model.use_decoder=true")
     if config.eval.every and not config.eval.ref_path:
         raise UserError(f"eval.every={config.eval.every} needs eval.ref_path: the statistics or images to compare with")
-    if "/" in log.exp_name or log.exp_name in (".", ".."):
-        raise UserError(f"log.exp_name={log.exp_name!r} is a name, not a path; the place is log.results_dir")
 
 
 def _check_limits(name, value):
