@@ -126,7 +126,7 @@ def sample(args, overrides, seeds):
         bad, at_once = [], min(len(todo), config.sample.batchsize * distributed.world_size())
 
         def after_step(steps):
-            progress.update(min(len(todo) - progress.done, steps * at_once / config.sample.num_steps))
+            progress.update(min(len(todo) - progress.n, steps * at_once / config.sample.num_steps))
 
         for batch in generate(net, decode, todo, config.sample, device, class_idx, after_step):
             output.write(batch)

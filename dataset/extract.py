@@ -17,7 +17,7 @@ from utils import distributed
 from dataset.images import CorruptImage
 from dataset.store import LatentWriter, Plan
 from utils.cli import UserError
-from utils.logging import Progress, format_seconds, say
+from utils.logging import Progress, say
 
 
 class Tally:
@@ -39,7 +39,7 @@ class Tally:
         """'1,000 images in 12s, 83.1 images/s: VAE 97%, ...'"""
         total = max(time.perf_counter() - self.started, 1e-9)
         shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in self.seconds.items())
-        return (f"{self.num_images:,} images in {format_seconds(total)}, {self.num_images / total:.4g} images/s "
+        return (f"{self.num_images:,} images in {Progress.format_interval(total)}, {self.num_images / total:.4g} images/s "
                 f"in this process: {shares}")
 
 

@@ -239,7 +239,7 @@ def run_jobs(chosen, args, argv, logs):
                     code = ended
                     say(f"seed {seed} ended with code {ended}; the end of {logs / f'seed{seed}.log'}:")
                     say("\n".join((logs / f"seed{seed}.log").read_text().splitlines()[-5:]))
-            progress.update(sum(path.is_file() for path in results) - progress.done)
+            progress.update(sum(path.is_file() for path in results) - progress.n)
     return code
 
 

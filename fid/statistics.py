@@ -81,7 +81,7 @@ class FeatureStream:
             for index, images in batches(source, batch_size, positions):
                 rows = positions[index * batch_size:(index + 1) * batch_size]
                 self.add(images, index, None if keep is None else keep[rows])
-                progress.update(min(len(images) * distributed.world_size(), progress.total - progress.done))  # all are about as far
+                progress.update(min(len(images) * distributed.world_size(), progress.total - progress.n))  # all are about as far
 
     def count(self):
         """Number of images over all processes, each of which has to call. Raises ValueError if a batch is missing."""

@@ -4,21 +4,12 @@ import os
 import sys
 
 import pytest
+import tqdm
 
 from utils import logging
 from utils.cli import UserError
 from utils.config import load_config
-from utils.logging import Progress, RunLog, check_sinks, format_bytes, format_seconds
-
-
-@pytest.mark.parametrize("seconds, text", [(0.2, "0:00:00"), (75, "0:01:15"), (93784, "1 day, 2:03:04")])
-def test_seconds_are_written_as_a_clock_does(seconds, text):
-    assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize("count, text", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (5 * 2**40, "5 TiB")])
-def test_bytes_are_written_in_binary_units(count, text):
-    assert format_bytes(count) == text
+from utils.logging import Progress, RunLog, check_sinks
 
 
 def test_progress_without_a_terminal_is_plain_lines_of_whole_units(capsys):
@@ -30,26 +21,37 @@ def test_progress_without_a_terminal_is_plain_lines_of_whole_units(capsys):
     assert lines[-1].startswith("sampling: 500/500 img, ")  # though the parts add up to 499.9999999999992
 
 
-def test_progress_on_a_terminal_is_one_bar_above_which_text_is_said(monkeypatch):
+def test_progress_on_a_terminal_is_one_bar_above_which_text_is_said(monkeypatch, capsys):
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     with Progress(3, "encoding") as progress:
         progress.update(0.5)
         progress.update(1.5)
-        assert progress.bar.n == 2 and Progress.shown is progress.bar
+        assert progress.n == 2
         logging.say("a line")
-    assert Progress.shown is None
-    assert "encoding" in terminal.getvalue()
+    assert "encoding" in terminal.getvalue() and "2/3" in terminal.getvalue()
+    assert capsys.readouterr().out == "a line\n"
 
 
 def test_progress_counts_bytes_and_rates_leave_out_what_was_there_before(capsys, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(logging.time, "monotonic", lambda: clock[0])
+    clock = [1e9]
+    monkeypatch.setattr(tqdm.std, "time", lambda: clock[0])
     with Progress(4 * 2**20, "f", "B", initial=2**20) as progress:
-        clock[0] = 16.0
+        clock[0] += 16.0
         progress.update(2**20, "a note")
     assert capsys.readouterr().out.splitlines()[0] == "f: 2.00M/4.00MB, 65.5kB/s, 00:32 left, a note"
+
+
+def test_progress_says_a_line_at_the_end_and_none_at_the_start(capsys):
+    with Progress(2, "short", "img") as progress:
+        progress.update()
+        assert capsys.readouterr().out == ""
+        progress.update()
+    assert capsys.readouterr().out.startswith("short: 2/2 img, ")
+    with Progress(2, "silent", every_s=None) as progress:
+        progress.update()
+    assert capsys.readouterr().out == ""
 
 
 def test_only_rank_0_speaks_and_writes(tmp_path, monkeypatch, capsys):

@@ -21,7 +21,7 @@ from training.optim import Stepper, learning_rate, load_optimizer_state, make_op
 from utils import distributed
 from utils.cli import EXIT_BAD, EXIT_OTHER_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from utils.config import to_dict
-from utils.logging import Progress, RunLog, format_seconds
+from utils.logging import Progress, RunLog
 from utils.precision import autocast, compile_options, effective_amp, run_uncompiled, use_compile
 
 STEADIER = "Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)"
@@ -303,7 +303,7 @@ def progress_line(state, values):
     images_left = (state.end_step - state.step) * state.config.train.batchsize * state.world_size
     return (f"step {state.step}/{state.end_step}: {losses}, lr {values['lr']:.2e}, masked {values['mask_ratio']:.0%}, "
             f"{values['images_per_s']:.0f} img/s, {values['peak_memory_gb']:.2f} GB, "
-            f"{format_seconds(images_left / values['images_per_s'])} left")
+            f"{Progress.format_interval(images_left / values['images_per_s'])} left")
 
 
 def save(state, log, writer):

@@ -19,7 +19,7 @@ import urllib3
 
 from utils.cli import UserError
 from utils.files import flush_to_disk, told
-from utils.logging import Progress, format_bytes, say
+from utils.logging import Progress, say
 
 ATTEMPTS = 4          # tries in a row that bring no new bytes; between them the wait doubles
 FIRST_WAIT_S = 1.0
@@ -43,45 +43,38 @@ def fetch(url, path, checksum=""):
         return
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.closing(_Part(path)) as part, requests.Session() as session:
-            # Places that are busy or do not answer; a transfer that breaks off is for the loop below.
-            retries = urllib3.Retry(ATTEMPTS - 1, backoff_factor=FIRST_WAIT_S, status_forcelist=BUSY, raise_on_status=False,
-                                    respect_retry_after_header=False)
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, requests.adapters.HTTPAdapter(max_retries=retries))
-            _receive_whole(session, url, part)
+        with contextlib.closing(_Part(path)) as part:
+            _receive_whole(url, part)
             if checksum:
                 _check(part, checksum)
             flush_to_disk(part.path)
             os.replace(part.path, path)
 
 
-def _receive_whole(session, url, part):
+def _receive_whole(url, part):
     """Ask for the rest until the part is whole; gives up after ATTEMPTS requests in a row that brought nothing new."""
     failures = furthest = 0
     while part.size == 0 or part.size != part.total:
         try:
-            return _receive(session, url, part)
-        except requests.RequestException as error:
-            raise PlaceFailed(f"no connection ({_reason(error)})") from error
-        except urllib3.exceptions.HTTPError as error:
+            return _receive(url, part)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
             failures = 1 if part.size > furthest else failures + 1
             furthest = max(furthest, part.size)
             if failures == ATTEMPTS:
                 raise PlaceFailed(f"{_reason(error)}; given up after {failures} tries without progress") from error
-            say(f"  {_reason(error)}; {format_bytes(part.size)} are here, trying again")
+            say(f"  {_reason(error)}; {_size(part.size)} are here, trying again")
             time.sleep(FIRST_WAIT_S * 2 ** (failures - 1))
 
 
-def _receive(session, url, part):
+def _receive(url, part):
     """One request, for what is missing if the file is still the same version, else for all of it.
 
-    Raises PlaceFailed, or an error of urllib3 if the next request may bring the rest.
+    Raises PlaceFailed, or an error of requests or urllib3 if the next request may bring the rest.
     """
     headers = {"Accept-Encoding": "identity"}  # ranges of a compressed transfer would not count bytes of the file
     if part.size and part.etag:
         headers |= {"Range": f"bytes={part.size}-", "If-Range": part.etag}
-    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         _judge(response, part)
         _check_room(part.path.parent, (part.total or 0) - part.size)
         with Progress(part.total, part.path.stem, unit="B", initial=part.size) as progress:
@@ -89,7 +82,7 @@ def _receive(session, url, part):
                 part.append(chunk)
                 progress.update(len(chunk))
     if part.total not in (None, part.size):
-        raise urllib3.exceptions.ProtocolError(f"connection closed before byte {part.total}")
+        raise requests.ConnectionError(f"connection closed before byte {part.total}")
 
 
 def _judge(response, part):
@@ -100,15 +93,17 @@ def _judge(response, part):
             raise PlaceFailed("200, but with a web page instead of the file")
         length = headers.get("Content-Length")
         part.start_over(etag if etag.startswith('"') else None, int(length) if length else None)  # a weak ETag promises no bytes
+    elif response.status_code in BUSY:
+        raise requests.RequestException(f"{response.status_code} {response.reason}")
     elif response.status_code not in (206, 416):
         raise PlaceFailed(f"{response.status_code} {response.reason}")
     elif not headers.get("Content-Range", "").startswith(f"bytes {part.size}-") or etag not in ("", part.etag):
         part.start_over(None, None)
-        raise urllib3.exceptions.ProtocolError("the file changed since its first part was fetched")
+        raise requests.RequestException("the file changed since its first part was fetched")
 
 
 def _reason(error):
-    """The innermost cause of an error of requests, whose own text is a page of nested objects."""
+    """The innermost cause of an error, whose own text may be a page of nested objects."""
     while isinstance(inner := getattr(error, "reason", None) or (error.args or [None])[0], BaseException):
         error = inner
     return str(inner or error).rpartition(": ")[2]
@@ -158,10 +153,14 @@ class _Part:
         self.file.close()
 
 
+def _size(num_bytes):
+    return Progress.format_sizeof(num_bytes, "B", 1024)
+
+
 def _check_room(folder, num_bytes):
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise UserError(f"{folder} has {format_bytes(free)} free, {format_bytes(num_bytes)} are needed; make room or choose another --dest")
+        raise UserError(f"{folder} has {_size(free)} free, {_size(num_bytes)} are needed; make room or choose another --dest")
 
 
 def unzip(archive):
@@ -176,22 +175,18 @@ def unzip(archive):
             members = [member for member in file.infolist() if not member.is_dir()]
             total, own = sum(member.file_size for member in members), f"{archive.stem}/"
             _check_room(folder, total)
-            say(f"unzipping {archive.name}: {format_bytes(total)}")
+            say(f"unzipping {archive.name}: {_size(total)}")
             inside = all(member.filename.startswith(own) for member in members)
             for member in members:
                 member.filename = member.filename.removeprefix(own) if inside else member.filename
                 names.append(os.path.relpath(file.extract(member, folder), folder))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise PlaceFailed(f"{archive} is damaged ({error}); delete it and download it again") from error
-    _unzipped_note(archive).write_text(json.dumps(names))
+    Path(f"{archive}.unzipped").write_text(json.dumps(names))
     archive.unlink()
 
 
 def is_unzipped(archive):
     """True if `unzip` did its work before and every file is still there."""
-    note = _unzipped_note(archive)
+    note = Path(f"{archive}.unzipped")
     return note.is_file() and all((archive.parent / name).is_file() for name in json.loads(note.read_text()))
-
-
-def _unzipped_note(archive):
-    return archive.with_name(archive.name + ".unzipped")

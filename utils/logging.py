@@ -1,11 +1,12 @@
 """What a run says: console, log.txt, metrics.jsonl, TensorBoard, Weights & Biases. Only rank 0 speaks."""
 
-import datetime
 import importlib.util
+import io
 import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,73 +15,45 @@ from tqdm import tqdm
 from utils import distributed
 from utils.cli import UserError
 
+PLAIN = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
+tqdm.set_lock(threading.RLock())  # its own one is for several processes, and leaves a semaphore behind
+
 
 def say(text=""):
     """Print on rank 0, above the progress bar if one is shown."""
-    if not distributed.is_main():
-        return
-    if Progress.shown is not None:
-        Progress.shown.write(text)
-    else:
-        print(text, flush=True)
+    if distributed.is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
 
 
-def format_seconds(seconds):
-    """93784 -> '1 day, 2:03:04'."""
-    return str(datetime.timedelta(seconds=round(seconds)))
-
-
-def format_bytes(count):
-    """1536 -> '1.5 KiB'."""
-    exponent = min(max(int(count).bit_length() - 1, 0) // 10, 4)
-    return f"{count / 1024 ** exponent:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[exponent]}"
-
-
-class Progress:
+class Progress(tqdm):
     """A bar on a terminal; elsewhere a plain line every `every_s` seconds (None: no lines) with rate and time left."""
 
-    shown = None  # the bar now on the terminal
+    monitor_interval = 0  # no thread of tqdm's
 
     def __init__(self, total, desc, unit="it", initial=0, every_s=15.0):
-        self.total, self.done, self.every_s = total, initial, every_s
-        self.started = self.last_line = time.monotonic()
-        self.style = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if unit == "B" else {"unit": f" {unit}"}
-        self.style |= {"total": total, "initial": initial}
-        self.desc, self.bar = desc, None
-        if distributed.is_main() and sys.stderr.isatty():
-            self.bar = Progress.shown = tqdm(desc=desc, dynamic_ncols=True, **self.style)
+        self.plain = not sys.stderr.isatty()
+        style = {"unit": "B", "unit_scale": True, "unit_divisor": 1024} if unit == "B" else {"unit": f" {unit}"}
+        if self.plain:  # a delay, however short, leaves out the line at the start; the line break at the end goes nowhere
+            style |= {"mininterval": every_s, "delay": 1e-9, "file": io.StringIO(), "bar_format": PLAIN}
+        super().__init__(desc=desc, total=total, initial=initial, miniters=0, smoothing=0, dynamic_ncols=not self.plain,
+                         disable=not distributed.is_main() or (self.plain and every_s is None), **style)
+
+    @property
+    def format_dict(self):
+        shown = super().format_dict
+        return shown | {"n": int(shown["n"] + 1e-6)}  # sums of parts of a unit end a rounding error below
 
     def update(self, count=1, note=""):
         """Report `count` more units done (parts of a unit add up); `note` is shown beside the numbers."""
-        self.done += count
-        if self.bar is not None:
-            self.bar.set_postfix_str(note, refresh=False)
-            self.bar.update(self._whole - self.bar.n)
-        elif self.every_s is not None and time.monotonic() - self.last_line >= self.every_s:
-            self._line(note)
+        self.set_postfix_str(note, refresh=False)
+        super().update(count)
 
-    @property
-    def _whole(self):
-        return int(self.done + 1e-6)  # sums of parts end a rounding error below
-
-    def _line(self, note=""):
-        self.last_line = time.monotonic()
-        layout = "{desc}: {n_fmt}/{total_fmt}{unit}, {rate_fmt}, {remaining} left{postfix}"
-        say(tqdm.format_meter(self._whole, elapsed=self.last_line - self.started, prefix=self.desc, postfix=note, bar_format=layout,
-                              **self.style))
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()
-            Progress.shown = None
-        elif self.every_s is not None:
-            self._line()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self.close()
+    def display(self, msg=None, pos=None):
+        if self.plain:
+            say(str(self))
+        else:
+            super().display(msg, pos)
 
 
 def check_sinks(log_config):
