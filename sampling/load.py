@@ -6,6 +6,7 @@ sha256), which training/checkpoint.py writes.
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from models import build_model
@@ -26,7 +28,8 @@ from utils.logging import say
 from utils.precision import DTYPES, effective_amp, use_compile
 from utils.schema import ModelConfig
 
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+PARTS = {"model": dict, "ema": dict, "opt": dict, "step": int, "images_seen": int, "config": dict, "latents": dict}  # of a checkpoint
+say_once = functools.cache(say)  # the grids and the evaluations of a run each load a decoder
 
 
 def load_checkpoint(path):
@@ -38,8 +41,7 @@ def load_checkpoint(path):
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path}: no such file")
-    problem = damage(path)
-    if problem:
+    if problem := damage(path):
         raise UserError(f"checkpoint {path} is damaged: {problem}; take another one, or download it again")
     try:
         if path.suffix == ".safetensors":
@@ -48,49 +50,38 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"checkpoint {path} is refused: {_refusal(error)}") from error
+        named = re.search(r"(?:GLOBAL|class|global:?) ([\w]+\.[\w.]+)", str(error))
+        what = f"it contains {named[1]}" if named else "its pickle is not readable"
+        raise UserError(f"checkpoint {path} is refused: {what}; only tensors, plain containers and argparse.Namespace are accepted, "
+                        f"and nothing was executed") from error
     except Exception as error:  # a damaged file can fail anywhere inside the unpickler, with any class
         raise UserError(f"checkpoint {path} cannot be read ({type(error).__name__}: {first_line(error)}); "
                         f"it is damaged or not a PyTorch file") from error
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path}: wanted a dict with 'model' or 'ema', found {type(content).__name__}")
-    _check_types(content, path)
+    for name, kind in PARTS.items():
+        if name in content and not isinstance(content[name], kind):
+            raise UserError(f"checkpoint {path}: its {name!r} is a {type(content[name]).__name__}, wanted a {kind.__name__}")
     return content
-
-
-def _check_types(content, path):
-    wanted = {"model": dict, "ema": dict, "opt": dict, "step": int, "images_seen": int, "config": dict, "latents": dict}
-    for key, kind in wanted.items():
-        if key in content and not isinstance(content[key], kind):
-            raise UserError(f"checkpoint {path}: its {key!r} is a {type(content[key]).__name__}, wanted a {kind.__name__}")
-    optimizer = content.get("opt", {})
-    states, groups = optimizer.get("state", {}), optimizer.get("param_groups", [])
-    if not (isinstance(states, dict) and all(isinstance(state, dict) for state in states.values()) and isinstance(groups, list)):
-        raise UserError(f"checkpoint {path}: its 'opt' is not the state of an optimizer")
 
 
 def weights_of(checkpoint, which, path):
     """The "ema" or "model" weights of a loaded checkpoint under the published names (`model.pos_embed`, ...), as a state dict.
 
-    A checkpoint that is a state dict itself is returned as it is. path: for messages. Raises UserError if there are none.
+    A checkpoint may be a state dict itself. path: for messages. Raises UserError if there are no such weights.
     """
-    if any(key in checkpoint for key in ("ema", "model")):
+    if "ema" in checkpoint or "model" in checkpoint:
         if which not in checkpoint:
-            found = ", ".join(str(key) for key in checkpoint)
-            raise UserError(f"checkpoint {path} has no {which!r} weights; it has {found}")
+            raise UserError(f"checkpoint {path} has no {which!r} weights; it has {', '.join(map(str, checkpoint))}")
         checkpoint = checkpoint[which]
-    tensors = {strip_prefixes(name): value for name, value in checkpoint.items()
-               if isinstance(name, str) and isinstance(value, torch.Tensor)}
-    if not tensors or len(tensors) != len(checkpoint):
+    if not checkpoint or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in checkpoint.items()):
         raise UserError(f"checkpoint {path} holds no state dict: wanted names with tensors")
-    return tensors
+    return {strip_prefixes(name): value for name, value in checkpoint.items()}
 
 
 def strip_prefixes(name):
-    """'module._orig_mod.model.pos_embed' -> 'model.pos_embed': what DDP and torch.compile put before names."""
-    while name.startswith(WRAPPER_PREFIXES):
-        name = name.removeprefix("module.").removeprefix("_orig_mod.")
-    return name
+    """'module._orig_mod.model.pos_embed' -> 'model.pos_embed': without what DDP and torch.compile put before names."""
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", name)
 
 
 def steps_done(checkpoint):
@@ -147,7 +138,7 @@ def damage(path):
         try:
             wanted = json.loads(manifest.read_text())
             size, digest = int(wanted["size"]), str(wanted["sha256"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        except (ValueError, KeyError, TypeError):
             return f"its manifest {manifest.name} is not readable"
         if path.stat().st_size != size:
             return f"{path.stat().st_size} bytes, its manifest says {size}"
@@ -157,10 +148,9 @@ def damage(path):
         try:
             with zipfile.ZipFile(path) as archive:
                 bad = archive.testzip()
+            return f"the record {bad} fails its CRC" if bad else None
         except Exception as error:  # zipfile raises many classes on damaged files
             return first_line(error)
-        if bad:
-            return f"the record {bad} fails its CRC"
     return None
 
 
@@ -175,15 +165,8 @@ def checkpoint_digest(path):
     return json.loads(manifest.read_text())["sha256"] if manifest.is_file() else file_sha256(path)
 
 
-def _refusal(error):
-    """Say which class PyTorch's unpickler refused, which its long message names."""
-    named = re.search(r"(?:GLOBAL|class|global:?) ([\w]+\.[\w.]+)", str(error))
-    what = f"it contains {named[1]}" if named else "its pickle is not readable"
-    return f"{what}; only tensors, plain containers and argparse.Namespace are accepted, and nothing was executed"
-
-
 def first_line(error):
-    return (str(error).splitlines() or ["no message"])[0]
+    return str(error).partition("\n")[0] or "no message"
 
 
 def manifest_path(path):
@@ -193,17 +176,15 @@ def manifest_path(path):
 # ------------------------------------------------------------------------------------------------ networks
 
 def load_net(path, which, config_path, overrides, device):
-    """Load a checkpoint's network, ready to sample: (net, its Config, class names or None, latents as `check_latents` takes them).
+    """Load a checkpoint's network, ready to sample: (net, its Config, class names or None, latents as `fit_decoder` takes them).
 
     config_path: a YAML file, or None: then the config comes from the checkpoint or, if that has none, from the shapes of its
     weights. overrides: key=value, over both.
     """
     checkpoint = load_checkpoint(path)
     weights = weights_of(checkpoint, which, path)
-    base = None
-    if "config" in checkpoint:
-        base = _config_of(checkpoint, path)
-    elif config_path is None:
+    base = _config_of(checkpoint, path) if "config" in checkpoint else None
+    if base is None and config_path is None:
         base = dataclasses.replace(load_config(), model=infer_model_config(weights, path))
     config = load_config(config_path, overrides, base)
     net = build_model(**model_arguments(config)).to(device).eval().requires_grad_(False)
@@ -220,8 +201,7 @@ def _config_of(checkpoint, path):
         config = from_dict(checkpoint["config"], forgive=True)
     except UserError as error:
         raise UserError(f"checkpoint {path}, in its config: {error}") from error
-    gone = gone_keys(checkpoint["config"])
-    if gone:
+    if gone := gone_keys(checkpoint["config"]):
         say(f"checkpoint {path} was written by an older version; without effect today: {some_of(gone)}")
     return config
 
@@ -235,27 +215,24 @@ def prepare_network(net, config, device):
         net.compile_blocks()  # for the first batch size; the next size recompiles once, for all sizes
 
 
-def check_latents(latents, autoencoder, whose, vae_path):
-    """Compare how a model's latents were made with the autoencoder that is to decode them, before any work.
+def fit_decoder(autoencoder, latents, whose, vae_path):
+    """Give an autoencoder the scale and shift of the latents that it is to decode: the latents' description owns them.
 
-    latents: {"scale": number or one per channel, "shift": the same, "vae": digest}, of a checkpoint or a data set; what is
-    missing, None or "" is not compared. whose: names that in the message.
-    Numbers that no autoencoder can have (one per channel), or that were set for this very autoencoder, become the autoencoder's.
+    latents: {"scale": number or one per channel, "shift": the same, "vae": digest}, of a checkpoint or a data set; "" and what is
+    missing are unknown. whose: names them in messages. Raises UserError if another autoencoder has made them. If it is unknown
+    which one has, and the numbers differ, that is said.
     """
-    digest = latents.get("vae") or ""
-    same = digest == autoencoder.digest
-    if digest and not same:
-        raise UserError(f"{whose} was made with the autoencoder {digest}, but vae.path={vae_path} is {autoencoder.digest}; "
-                        f"give the one that the latents were made with (--vae or vae.path=...)")
+    made_by, wanted = latents.get("vae"), "give the autoencoder that made the latents (--vae or vae.path=...)"
+    if made_by and made_by != autoencoder.digest:
+        raise UserError(f"{whose} has latents of the autoencoder {made_by}, but vae.path={vae_path} is {autoencoder.digest}; {wanted}")
     for name in ("scale", "shift"):
-        there, here = latents.get(name), getattr(autoencoder, name)
-        if there is None:
+        theirs, own = latents.get(name), getattr(autoencoder, name)
+        if theirs is None:
             continue
-        if same or isinstance(there, (list, tuple)):
-            setattr(autoencoder, name, there)
-        elif not math.isclose(there, here, rel_tol=1e-5, abs_tol=1e-8):
-            raise UserError(f"{whose} has latents of {name} {there:g}, but the autoencoder of vae.path={vae_path} has {here:g}; "
-                            f"give the one that the latents were made with (--vae or vae.path=...)")
+        setattr(autoencoder, name, theirs)
+        if not made_by and not np.allclose(theirs, own, rtol=1e-5):
+            say_once(f"{whose} has latents of {name} {theirs} by an unknown autoencoder; they are decoded with that {name}, not with "
+                     f"the {own} of vae.path={vae_path}. If the images look wrong, {wanted}")
 
 
 def infer_model_config(weights, path):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from models import SAMPLERS, guided, load_autoencoder
-from sampling.load import check_latents, some_of
+from sampling.load import fit_decoder, some_of
 from utils import distributed
 from utils.cli import UserError
 from utils.images import save_grid, to_uint8
@@ -158,14 +158,13 @@ def finite_rows(values):
 def image_decoder(vae_config, in_channels, device, latents=None, whose=""):
     """decode(latents (B, C, h, w)) -> (images (B, H, W, 3) uint8, finite (B,) bool), both numpy, by the autoencoder of a VAEConfig.
 
-    in_channels: those of the network. latents, whose: see `check_latents`; None compares nothing. decode.digest names the
-    autoencoder. Raises UserError if it cannot be loaded or does not fit.
+    in_channels: those of the network. latents, whose: see `fit_decoder`. decode.digest names the autoencoder. Raises UserError if it cannot be loaded or does not fit.
     """
     autoencoder = load_autoencoder(vae_config.path, device)
     if autoencoder.latent_channels != in_channels:
         raise UserError(f"vae.path={vae_config.path} decodes {autoencoder.latent_channels} latent channels, the model makes "
                         f"{in_channels}; give the autoencoder that its latents were made with")
-    check_latents(latents or {}, autoencoder, whose, vae_config.path)
+    fit_decoder(autoencoder, latents or {}, whose, vae_config.path)
     autoencoder.decode_batch = vae_config.batchsize
 
     def decode(latents):

@@ -1,6 +1,7 @@
 """generate.py as it is called: flags, one folder rule, one line for every mistake, and nothing left behind by a refusal."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -170,9 +171,22 @@ def test_an_outdir_that_cannot_be_written_is_one_line(generate, tmp_path, name, 
 def test_latents_of_another_autoencoder_are_refused_before_any_work(generate, tmp_path):
     path = write_network(tmp_path / "0000004.pt", latents={"scale": 0.18215, "shift": 0.0, "vae": "0123456789abcdef"})
     said = generate("--outdir", tmp_path / "out", path=path, code=EXIT_USER_ERROR)
-    assert "was made with the autoencoder 0123456789abcdef, but vae.path=" in said and "--vae" in said
+    assert "has latents of the autoencoder 0123456789abcdef, but vae.path=" in said and "--vae" in said
     assert not (tmp_path / "out").exists()
     generate("--outdir", tmp_path / "out", "--format", "latents", "--seeds", "0", path=path)  # they need none
+
+
+def test_latents_of_an_unknown_autoencoder_are_decoded_with_the_numbers_of_the_checkpoint(generate, tmp_path, tiny_vae):
+    """A decoder whose own scale is that of the checkpoint makes the same images; it says nothing, the other one says which it takes."""
+    path = write_network(tmp_path / "0000004.pt", latents={"scale": 0.5, "shift": 0.0, "vae": ""})
+    shutil.copytree(tiny_vae, tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    told = generate("--outdir", tmp_path / "one", "--seeds", "0", path=path)
+    assert told.count("they are decoded with that scale, not with the 0.18215 of vae.path=") == 1
+    assert "they are decoded with" not in generate("--outdir", tmp_path / "two", "--seeds", "0", path=path, vae=tmp_path / "vae")
+    one, two = (tmp_path / name / "images" / "000000.png" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 def test_a_checkpoint_that_does_not_fit_gets_advice_that_works(generate, tmp_path):

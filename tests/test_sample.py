@@ -232,7 +232,7 @@ def test_images_that_overflow_in_the_decoder_are_found(monkeypatch):
     assert decode.digest == "d" * 16
     with pytest.raises(UserError, match="decodes 4 latent channels, the model makes 8"):
         image_decoder(VAEConfig(), 8, CPU)
-    with pytest.raises(UserError, match="checkpoint x.pt was made with the autoencoder eeee"):
+    with pytest.raises(UserError, match="checkpoint x.pt has latents of the autoencoder eeee"):
         image_decoder(VAEConfig(), 4, CPU, {"vae": "eeee"}, "checkpoint x.pt")
 
 
