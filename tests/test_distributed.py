@@ -225,9 +225,13 @@ cli.run(main)
 """
 
 
-def start_worker(folder, task):
+def start_worker(folder, task, hangup=signal.SIG_DFL):
+    """hangup: what SIGHUP does when the launcher starts, which it inherits: nohup ignores it, and so may whoever runs the tests."""
     (folder / "worker.py").write_text(WORKER.format(root=str(ROOT)))
-    return start_script(folder / "worker.py", task)
+    before = signal.signal(signal.SIGHUP, hangup)
+    process = start_script(folder / "worker.py", task)
+    signal.signal(signal.SIGHUP, before)
+    return process
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
@@ -240,9 +244,7 @@ def test_processes_end_in_their_own_time_after_a_signal_to_the_launcher(tmp_path
 
 
 def test_a_run_under_nohup_survives_its_terminal(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; processes inherit it
-    process = start_worker(tmp_path, "stop")
-    signal.signal(signal.SIGHUP, before)
+    process = start_worker(tmp_path, "stop", hangup=signal.SIG_IGN)
     assert process.stdout.readline() + process.stdout.readline() == "ready\nready\n"
     process.send_signal(signal.SIGHUP)
     time.sleep(1)
