@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from utils.cli import UserError
 from .layers import (DiTBlock, LabelEmbedder, ModulatedLinear, PatchEmbed, TimestepEmbedder,
                      patchify, sincos_positions, unpatchify)
-from .masking import gather_tokens
+from .masking import Unshuffle, gather_tokens
 
 
 Size = namedtuple("Size", "depth width num_heads")
@@ -124,7 +124,7 @@ class MaskDiT(nn.Module):
             tokens = self._run(self.decoder_blocks, tokens, c)
         patches = self.final_layer(tokens, c)                 # (B, L, p*p*C)
         if mask is not None:
-            patches = gather_tokens(patches, mask.ids_restore)
+            patches = Unshuffle.apply(patches, mask.ids_restore, mask.ids_shuffle)
         return unpatchify(patches, self.patch_size)
 
     def _run(self, blocks, tokens, c):

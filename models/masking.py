@@ -15,14 +15,13 @@ class TokenMask:
     def __init__(self, ids_shuffle, num_keep):
         if ids_shuffle.ndim != 2:
             raise ValueError(f"ids_shuffle has shape {tuple(ids_shuffle.shape)}; want (batch, tokens)")
-        batch_size, num_tokens = ids_shuffle.shape
+        num_tokens = ids_shuffle.shape[1]
         if not 1 <= num_keep <= num_tokens:
             raise ValueError(f"num_keep={num_keep} must be from 1 to the number of tokens, {num_tokens}")
         self.ids_shuffle, self.num_keep = ids_shuffle, num_keep
         self.ids_keep = ids_shuffle[:, :num_keep]
-        places = torch.arange(num_tokens, device=ids_shuffle.device).expand(batch_size, -1)
-        self.ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, places)
-        self.mask = torch.ones(ids_shuffle.shape, device=ids_shuffle.device).scatter_(1, self.ids_keep, 0.0)
+        self.ids_restore = ids_shuffle.argsort(dim=1)  # not by scatter_: deterministic, it made the host wait on torch 2.7
+        self.mask = (self.ids_restore >= num_keep).float()
 
 
 def count_kept(num_tokens, mask_ratio):
@@ -46,3 +45,20 @@ def random_mask(batch_size, num_tokens, mask_ratio, generator=None, device=None)
 def gather_tokens(tokens, ids):
     """Pick tokens (B, L, D) by index (B, K): returns (B, K, D)."""
     return torch.gather(tokens, 1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+class Unshuffle(torch.autograd.Function):
+    """Shuffled tokens (B, L, D) back in image order: Unshuffle.apply(tokens, mask.ids_restore, mask.ids_shuffle).
+
+    gather's own backward pass adds into zeros, for which a deterministic torch 2.7 makes the host wait. A permutation needs no sums:
+    its gradient is permuted back.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, ids_restore, ids_shuffle):
+        ctx.save_for_backward(ids_shuffle)
+        return gather_tokens(tokens, ids_restore)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gather_tokens(gradient, ctx.saved_tensors[0]), None, None
