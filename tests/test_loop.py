@@ -164,6 +164,10 @@ def test_bad_step_is_skipped_and_left_out_of_the_mean():
     assert torch.equal(weights(state), before)
     assert set(sums(state).values()) == {0} and state.stepper.bad_steps.tolist() == [1, 1] and state.step == 1
     train_step(state, state.net, make_loss(state), moments, labels, encode, torch.Generator())
+    average = torch.cat([p.flatten() for p in state.ema.net.parameters()])
+    train_step(state, state.net, make_loss(state), moments * float("nan"), labels, encode, torch.Generator())
+    followed = torch.cat([p.flatten() for p in state.ema.net.parameters()])
+    torch.testing.assert_close(followed, 0.9 * average + 0.1 * weights(state), atol=1e-7, rtol=1e-6)  # the average goes on
     assert sums(state)["good_steps"] == 1 and torch.isfinite(state.sums).all() and not torch.equal(weights(state), before)
 
 

@@ -121,7 +121,8 @@ def test_missing_checkpoint_is_told_and_the_corrected_command_runs(runs, tiny_la
 
 
 def test_reference_of_evaluations_is_opened_before_the_network_is_made(runs, tiny_latents, tiny_vae, tmp_path):
-    said = refused(runs, tiny_latents, tmp_path, eval__every=4, eval__ref_path="nowhere.npz", vae__path=tiny_vae, eval__embedding="pixels")
+    settings = {"eval__every": 4, "eval__ref_path": "nowhere.npz", "eval__embedding": "pixels"}
+    said = refused(runs, tiny_latents, tmp_path, vae__path=tiny_vae, **settings)
     assert "nowhere.npz" in said
 
 
@@ -167,7 +168,8 @@ def test_the_same_data_by_another_path_goes_on(runs, finished, tiny_latents, tmp
 def test_end_before_the_step_reached_is_said(runs, finished, tiny_latents, tmp_path):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     codes, said = runs.start(command_line(tiny_latents, tmp_path, train__max_num_steps=3), tmp_path / "out.txt")
-    assert codes == [2] and "run has reached step 4, past the end that train.max_num_steps=3 sets, step 3; nothing was done. Set it above 4" in said
+    assert codes == [2]
+    assert "run has reached step 4, past the end that train.max_num_steps=3 sets, step 3; nothing was done. Set it above 4" in said
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
 
 
@@ -181,12 +183,11 @@ def change_latents(folder, checkpoint):
 def test_latents_of_another_scale_are_refused_in_the_same_folder_and_for_fine_tuning(runs, finished, tiny_latents, tmp_path):
     newest = finished / "checkpoints" / "0000004.pt"
     other = change_latents(tmp_path, newest)
-    codes, said = runs.start([*command_line(tiny_latents, tmp_path, log__exp_name="tuned"), "--finetune", "--ckpt_path", str(other)], tmp_path / "out.txt")
+    tune = [*command_line(tiny_latents, tmp_path, log__exp_name="tuned", train__max_num_steps=1), "--finetune", "--ckpt_path", str(other)]
+    codes, said = runs.start(tune, tmp_path / "out.txt")
     assert codes == [2] and "was trained on latents of another kind (scale 0.5, now 0.18215)" in said and "--accept_data" in said
     assert not (tmp_path / "tuned").exists()
-    codes, _ = runs.start([*command_line(tiny_latents, tmp_path, log__exp_name="tuned", train__max_num_steps=1), "--finetune",
-                           "--ckpt_path", str(other), "--accept_data"], tmp_path / "out.txt")
-    assert codes == [0]
+    assert runs.start([*tune, "--accept_data"], tmp_path / "out.txt")[0] == [0]
     newest.with_suffix(".json").unlink()
     newest.write_bytes(other.read_bytes())
     codes, said = runs.start(command_line(tiny_latents, tmp_path, train__max_num_steps=6), tmp_path / "out.txt")

@@ -30,10 +30,9 @@ STEADIER = "Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)"
 class TrainState:
     """What a run is at one moment: weights, their average, optimizer, and how far it has come.
 
-    step, images_seen: optimizer steps and images behind the weights, those of the checkpoint it started from included.
-    start_step, start_images: their values when this run began; the schedules count from there.
-    sums: of the values named in `measured`, over the good steps since the last log line; a float64 tensor on the device.
-    latents: the description of what the run is trained on, {"scale": ..., "shift": ..., "vae": digest or ""}.
+    step, images_seen: behind the weights, those of the checkpoint that the run started from included. start_step, start_images: their
+    values when this run began; the schedules count from there. sums: of what `measured` names, over the good steps since the last log
+    line. latents: the description of what the run is trained on, {"scale": ..., "shift": ..., "vae": digest or ""}.
     """
 
     def __init__(self, net, config, device, class_names=None, latents=None):
@@ -278,19 +277,16 @@ def measure(state, ratio, images_per_s):
     """The values of a log line: means over the good steps since the last one (None if there were none), then the rest. Collective."""
     sums = distributed.all_reduce_sum(state.sums.clone()).tolist()
     state.sums.zero_()
-    good_steps = sums.pop()
-    num_tokens = state.net.num_tokens
+    good_steps, num_tokens = sums.pop(), state.net.num_tokens
     values = {"images": state.images_seen}
     values |= {name: total / good_steps if good_steps else None for name, total in zip(state.measured, sums)}
     values |= {"lr": state.optimizer.param_groups[0]["lr"], "mask_ratio": 1 - count_kept(num_tokens, ratio) / num_tokens,
                "bad_steps": int(state.stepper.bad_steps[1])}
     if state.stepper.scaler.is_enabled():
         values["loss_scale"] = state.stepper.scaler.get_scale()
-    if state.device.type == "cuda":
-        peak_memory = torch.cuda.max_memory_allocated(state.device)
-    else:
-        peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return values | {"images_per_s": images_per_s, "peak_memory_gb": peak_memory / 1e9}
+    on_gpu = state.device.type == "cuda"
+    peak = torch.cuda.max_memory_allocated(state.device) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return values | {"images_per_s": images_per_s, "peak_memory_gb": peak / 1e9}
 
 
 def progress_line(state, values):

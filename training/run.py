@@ -28,10 +28,9 @@ def parse_arguments(description, argv=None):
     parser.add_argument("--ckpt_path", help="checkpoint to start from, ours or a published one")
     parser.add_argument("--finetune", action="store_true", help="start a new run on other data from the weights of --ckpt_path: "
                         "classes are the data's, weights of another shape start fresh, positions are interpolated")
-    parser.add_argument("--use_ckpt_path", type=str_to_bool, default=True, metavar="BOOL",
-                        help="True (default): go on in the checkpoint's own experiment folder; False: start a new folder")
-    parser.add_argument("--use_strict_load", type=str_to_bool, default=True, metavar="BOOL",
-                        help="True (default): take the optimizer's state too; False: weights only")
+    flag = {"type": str_to_bool, "default": True, "metavar": "BOOL"}
+    parser.add_argument("--use_ckpt_path", **flag, help="False: start a new folder; True (default): go on in the checkpoint's own")
+    parser.add_argument("--use_strict_load", **flag, help="False: weights only; True (default): the optimizer's state too")
     parser.add_argument("--accept_data", action="store_true", help="go on although data.root is another path (the same data was moved) or, "
                         "with --ckpt_path, although the latents have another scale, shift or autoencoder")
     parser.add_argument("--no_amp", action="store_true", help="train in float32: the same as train.amp=no")
@@ -199,8 +198,8 @@ def read_start(config, folder, args, latents):
     differing = differences(checkpoint.get("latents"), latents)
     if latest is None:
         if differing and not args.accept_data:
-            raise UserError(f"checkpoint {path} was trained on latents of another kind ({differing}); set data.scale and data.shift if "
-                            f"the data does not say its own, or add --accept_data to train on them all the same")
+            raise UserError(f"checkpoint {path} was trained on latents of another kind ({differing}); set data.scale and data.shift, "
+                            f"or add --accept_data to train on these all the same")
         return path, False, checkpoint
     if args.ckpt_path and args.use_ckpt_path and not args.finetune and latest.resolve() != Path(args.ckpt_path).resolve():
         say(f"{args.ckpt_path} is not the newest of its run: {latest.name} is")
@@ -277,13 +276,14 @@ def describe(state, dataset, folder):
     from training.optim import mask_ratio
     from utils.logging import say
 
-    train, net, sizes = state.config.train, state.net, []
+    train, net, sizes = state.config.train, state.net, ""
     for name, prefix in (("encoder", ""), ("decoder", "decoder_")):
-        if hasattr(net.model, f"{prefix}blocks") and hasattr(net.model, f"{prefix}pos_embed"):
-            sizes.append(f"{name} {len(getattr(net.model, f'{prefix}blocks'))} x {getattr(net.model, f'{prefix}pos_embed').shape[2]}, ")
+        blocks, positions = getattr(net.model, f"{prefix}blocks", None), getattr(net.model, f"{prefix}pos_embed", None)
+        if blocks is not None and positions is not None:  # a network of one's own may have neither
+            sizes += f"{name} {len(blocks)} x {positions.shape[2]}, "
     kept = {str(count_kept(net.num_tokens, mask_ratio(train, progress))): None for progress in (0.0, 1.0)}
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    say(f"{folder}: {state.config.model.model_type}, {''.join(sizes)}{parameters:.1f}M parameters, {net.num_classes} classes, latents "
+    say(f"{folder}: {state.config.model.model_type}, {sizes}{parameters:.1f}M parameters, {net.num_classes} classes, latents "
         f"{net.in_channels} x {net.in_size} x {net.in_size}, {' to '.join(kept)} of {net.num_tokens} patches kept")
     say(f"{len(dataset):,} samples of {dataset.name}; {state.world_size} process(es) on {state.device.type}, {train.batchsize} images each "
         f"per step in {train.grad_accum} round(s), precision {state.amp}, blocks {'compiled' if state.compiled else 'not compiled'}, "

@@ -90,8 +90,8 @@ def draw_loss_curve(folder):
 
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
-    names = [name for name in (lines[0] if lines else ()) if name == "loss" or name.startswith("loss_") and name != "loss_scale"]
     if lines:
+        names = [name for name in lines[-1] if name == "loss" or name.startswith("loss_") and name != "loss_scale"]
         steps = [line["step"] for line in lines]
         series = {name.removeprefix("loss_"): (steps, [line.get(name) for line in lines]) for name in names}
         plot_curves(folder / "loss.png", series, xlabel="step", ylabel="loss", title=folder.name)
