@@ -73,13 +73,15 @@ def test_saved_is_the_state_at_the_call_not_at_the_write(tmp_path, monkeypatch):
     go = threading.Event()
     original = checkpoint.write_checkpoint
     monkeypatch.setattr(checkpoint, "write_checkpoint", lambda *args: (go.wait(30), original(*args)))
-    writer, content = CheckpointWriter(tmp_path), state(1)
+    writer, content = CheckpointWriter(tmp_path), state(1) | {"opt": {"state": {0: {"step": torch.tensor(5.0)}}}}
     writer.prepare(0, 1000, 1)
     writer.save(1, content)
     content["model"]["model.w"].fill_(0)
+    content["opt"]["state"][0]["step"].fill_(0)
     go.set()
     assert writer.wait()
-    assert torch.equal(load_checkpoint(tmp_path / "0000001.pt")["model"]["model.w"], state(1)["model"]["model.w"])
+    saved = load_checkpoint(tmp_path / "0000001.pt")
+    assert torch.equal(saved["model"]["model.w"], state(1)["model"]["model.w"]) and saved["opt"]["state"][0]["step"] == 5
 
 
 @pytest.mark.parametrize("keep_last, keep_every, kept", [(2, 0, [5, 6]), (1, 3, [3, 6]), (2, 2, [2, 4, 5, 6]), (0, 0, [1, 2, 3, 4, 5, 6])])
@@ -168,6 +170,21 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / "0000009.pt.tmp").write_bytes(b"half")
     CheckpointWriter(tmp_path).prepare(0, 1, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_old_manifest_does_not_vouch_for_a_file_that_was_written_anew(tmp_path, monkeypatch):
+    """The writer dies before the new manifest: the file is whole, and only that is missing."""
+    path = tmp_path / "0000001.pt"
+    write_checkpoint(path, state(1) | {"stepper": {}})
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_write_manifest", die)
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(path, state(1) | {"stepper": {}, "more": 1})
+    monkeypatch.undo()
+    assert not path.with_suffix(".json").exists() and find_latest(tmp_path) == path and load_checkpoint(path)["more"] == 1
 
 
 def test_failed_write_leaves_the_old_file_of_the_same_step(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import torch
 from training_runs import ROOT, SETTINGS, metrics
 
 from dataset.formats import open_latents
+from dataset.stream import stream_indices
 from models import EDMLoss, TokenMask, build_model, sample_moments
 from training.loop import TrainState, fit, step_seed, train_step
 from utils.cli import EXIT_BAD, EXIT_STOPPED, StopNotice, UserError
@@ -146,6 +147,14 @@ def test_schedules_count_from_the_step_and_image_that_the_run_started_at():
         rates.append(state.optimizer.param_groups[0]["lr"])
     assert ratios == [0.5, 0.375, 0.25, 0.125] and rates == [0, 0.75 * 0.5, 0.5, 0.25]
     assert (state.step, state.images_seen, state.end_step) == (104, 416, 104)
+
+
+def test_data_goes_on_where_the_checkpoint_that_the_run_started_from_left_off(latents, tmp_path):
+    state, seen = make_state(train__grad_accum=1, train__max_num_steps=1), []
+    state.images_seen = state.start_images = 8
+    fit(state, tmp_path, latents, lambda moments, generator: seen.append(moments) or encode(moments, generator), StopNotice())
+    wanted, _ = latents.read(stream_indices(len(latents), 0, 8, 4))
+    assert torch.equal(seen[0], torch.from_numpy(wanted))
 
 
 def test_ema_follows_every_step():

@@ -106,6 +106,13 @@ def test_infinite_loss_with_finite_gradients_is_a_bad_step():
     assert torch.isnan(stepper.step()) and stepper.bad_steps.tolist() == [1, 1]
 
 
+def test_at_the_limit_a_good_step_is_still_taken():
+    weight, _, stepper = make(max_bad_steps=2)
+    for factor in (float("nan"), float("nan"), 1.0):
+        step(weight, stepper, factor)
+    assert stepper.bad_steps.tolist() == [0, 2] and not torch.equal(weight, torch.ones(2))
+
+
 def test_past_the_limit_every_step_is_skipped():
     weight, _, stepper = make(max_bad_steps=2)
     for factor in (float("nan"), float("nan"), float("nan"), 1.0, 1.0):
@@ -131,6 +138,15 @@ def test_state_comes_back():
     other.load_state_dict(stepper.state_dict())
     assert other.state_dict() == stepper.state_dict() and other.scaler.get_scale() == 512
     assert other.scaler.state_dict()["_growth_tracker"] == 1
+    assert other.report(3) == ("", False)  # the run that was resumed has told of its bad steps
+
+
+def test_each_bad_step_is_reported_once():
+    weight, _, stepper = make()
+    for factor in (float("nan"), 1.0):
+        step(weight, stepper, factor)
+    assert stepper.report(2) == ("1 steps up to step 2 had NaN or Inf losses or gradients and were skipped (1 in all)", False)
+    assert stepper.report(2) == ("", False)
 
 
 def test_optimizer_is_adamw_of_the_config_over_the_weights_that_are_trained():
