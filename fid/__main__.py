@@ -60,16 +60,16 @@ def parse_args(argv):
 
 def check_outputs(args):
     """Raise UserError if a file that is to be written at the end cannot be one."""
-    outputs = {"--dest": args.dest} if args.command == "ref" else {"--json": args.json, "--neighbours": args.neighbours}
     if args.command == "ref" and not args.dest.endswith(".npz"):
         raise UserError(f"--dest {args.dest} has to end with .npz, or it cannot be read as a reference")
-    if args.command == "ref" and os.path.isfile(args.dest) and os.path.exists(args.data) and os.path.samefile(args.dest, args.data):
+    if args.command == "ref" and os.path.realpath(args.dest) == os.path.realpath(args.data):
         raise UserError(f"--dest {args.dest} is the data set itself, which would be lost; give another file")
-    for option, path in outputs.items():
+    for option in ("dest", "json", "neighbours"):
+        path = getattr(args, option, None)
         if path and os.path.isdir(path):
-            raise UserError(f"{option} {path} is a folder; give the name of a file")
+            raise UserError(f"--{option} {path} is a folder; give the name of a file")
         if path:
-            make_folder(os.path.dirname(path) or ".", f"{option} {path}: its folder")
+            make_folder(os.path.dirname(path) or ".", f"--{option} {path}: its folder")
 
 
 def calc(args):
@@ -97,6 +97,8 @@ def calc(args):
 
 
 def ref(args):
+    import numpy as np
+
     from fid.embeddings import make_embedding
     from fid.evaluate import embedding_settings
     from fid.sources import Source, holds
@@ -111,8 +113,8 @@ def ref(args):
         say(f"warning: {args.data} is a reference itself: its mu and sigma are of a whole data set, those that are written now are of "
             f"its {len(source)} images arr_0; for published numbers give it to --ref as it is")
     embedding = make_embedding(args.embedding, args.weights)
-    stream = FeatureStream(embedding, spatial=args.embedding == "inception")
-    stream.add_source(source, args.batch, "reference", keep=None)
+    stream = FeatureStream(embedding)
+    stream.add_source(source, args.batch, "reference", np.zeros(len(source), dtype=bool))
     gaussians = stream.gaussians()
     settings = {**embedding_settings(embedding), "conversion": "as stored", "num_images": len(source)}
     if distributed.is_main():

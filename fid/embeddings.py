@@ -1,7 +1,7 @@
 """What turns images into features: Inception for FID, or another network for data that Inception does not suit.
 
-An embedding has `name`, `dim`, `device` and `settings` (what has to be known to repeat its numbers) and is called with images.
-Only the Inception one has the second tap that sFID needs.
+An embedding has a `name`, a `device`, `dims` {tap: number of features} and `settings`, all that one must know to repeat its numbers.
+Each has the tap "pool"; Inception also has "spatial", which sFID needs.
 """
 
 import contextlib
@@ -21,9 +21,7 @@ DEFAULT_INCEPTION = "assets/pt_inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256_PREFIX = "6726825d"
 NUM_FEATURES = 64
 PIXEL_GRID = 16
-# Images at a time on a CPU: fewer leave the fast convolutions unused, more fall out of its cache, and arrays above 32 MiB
-# are given back to the system and cleared anew at every step. The first layers have the large maps.
-CPU_CHUNK, CPU_STEM_CHUNK = 16, 2
+CPU_CHUNK = 8  # images at a time on a CPU: the maps of the first layers take 8 MB an image
 
 
 def make_embedding(name="inception", weights=None, device=None):
@@ -43,19 +41,20 @@ def make_embedding(name="inception", weights=None, device=None):
 
 
 class Embedding:
-    """Images (B, H, W, 3) uint8, numpy or torch -> features (B, dim) float32 on `device`; sub-classes fill in `features` and the rest."""
+    """Images (B, H, W, 3) uint8, numpy or torch -> pooled features (B, d) float32 on `device`; sub-classes fill in `_taps`."""
 
     def __init__(self, device):
         self.device = torch.device(device)
 
     def __call__(self, images):
-        return self._run(self.features, images)
+        return self.taps(images)["pool"]
 
     @torch.no_grad()
-    def _run(self, function, images):
+    def taps(self, images):
+        """{tap: features (B, d)}; images as in a call."""
         check_images(images)
         with full_precision(self.device):
-            return function(torch.as_tensor(images).to(self.device, non_blocking=True))
+            return self._taps(torch.as_tensor(images).to(self.device, non_blocking=True))
 
 
 class Inception(Embedding):
@@ -69,34 +68,25 @@ class Inception(Embedding):
         state = read_tensors(weights, "get it with `python3 download_assets.py --name inception`, or give its place with --weights")
         net = inception.make_network()
         load_strictly(net, state, weights, "give the FID Inception file pt_inception-2015-12-05-6726825d.pth")
-        self.dim, self.spatial_dim = inception.POOL_DIM, inception.SPATIAL_DIM
+        self.dims = {"pool": inception.POOL_DIM, "spatial": inception.SPATIAL_DIM}
         self.class_weight = state["fc.weight"].float().to(self.device)  # (1008, 2048); IS uses no bias
         self.net = inception.InceptionTrunk(net).to(self.device, memory_format=torch.channels_last)
         self.settings = {"resize": inception.RESIZE, "weights_sha256": hash_file(weights)}
 
-    def features(self, images):
-        return self._taps(images)[0]
-
-    def both_taps(self, images):
-        """Pool (B, 2048) and spatial (B, 2023) features; arguments as in a call."""
-        return self._run(self._taps, images)
-
     def _taps(self, images):
-        if self.device.type != "cpu":
-            return self.net.trunk(self.net.stem(images))
-        taps = [self.net.trunk(torch.cat([self.net.stem(few) for few in part.split(CPU_STEM_CHUNK)])) for part in images.split(CPU_CHUNK)]
-        return tuple(torch.cat(tap) for tap in zip(*taps))
+        taps = [self.net(part) for part in images.split(CPU_CHUNK if self.device.type == "cpu" else len(images))]
+        return {tap: torch.cat([part[tap] for part in taps]) for tap in self.dims}
 
 
 class Pixels(Embedding):
-    """The pixels themselves, scaled to 0..1; averaged down to 16 x 16 so that few images suffice. dim 768."""
+    """The pixels themselves, scaled to 0..1; averaged down to 16 x 16 so that few images suffice."""
 
     name = "pixels"
-    dim = PIXEL_GRID * PIXEL_GRID * 3
+    dims = {"pool": PIXEL_GRID * PIXEL_GRID * 3}
     settings = {"resize": f"area-{PIXEL_GRID}"}
 
-    def features(self, images):
-        return F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, PIXEL_GRID).flatten(1)
+    def _taps(self, images):
+        return {"pool": F.adaptive_avg_pool2d(images.permute(0, 3, 1, 2).float() / 255, PIXEL_GRID).flatten(1)}
 
 
 class ClassifierNet(nn.Module):
@@ -122,7 +112,7 @@ class Classifier(Embedding):
     """The demo's classifier: features (B, 64) for FD-classifier, and the class it sees in each image."""
 
     name = "classifier"
-    dim = NUM_FEATURES
+    dims = {"pool": NUM_FEATURES}
 
     def __init__(self, folder, device):
         super().__init__(device)
@@ -130,21 +120,19 @@ class Classifier(Embedding):
         state = read_tensors(path, "train the classifier with `python scripts/train_demo_classifier.py`")
         self.net = ClassifierNet(len(state.get("head.bias", ()))).eval()
         load_strictly(self.net, state, path)
-        self.net.to(self.device)
+        self.net.to(self.device).requires_grad_(False)
         self.settings = {"resize": "none", "weights_sha256": hash_file(path)}
 
-    def features(self, images):
-        return self.net.features(self._grey(images))
-
-    def classes(self, images):
-        """The class index (B,) int64 seen in each image; arguments as in a call."""
-        return self._run(lambda images: self.net(self._grey(images)).argmax(1), images)
-
-    def _grey(self, images):
+    def _taps(self, images):
         if tuple(images.shape[1:3]) != (32, 32):
             raise UserError(f"classifier: images are {images.shape[1]}x{images.shape[2]}, wanted 32x32 as in the demo; "
                             "for other images use --embedding inception")
-        return images.float().mean(3)[:, None] / 255  # (B, 1, 32, 32)
+        grey = images.float().mean(3)[:, None] / 255  # (B, 1, 32, 32)
+        return {"pool": self.net.features(grey)}
+
+    def classes(self, images):
+        """The class index (B,) int64 seen in each image; images as in a call."""
+        return self.net.head(self(images)).argmax(1)
 
 
 class Timm(Embedding):
@@ -153,36 +141,31 @@ class Timm(Embedding):
     def __init__(self, name, weights, device):
         super().__init__(device)
         import timm
-        self.name, self.net = name, _timm_model(name, weights).to(device).eval()
+        if not timm.is_model(name):
+            raise UserError(f"embedding {name!r} is unknown; wanted inception, pixels, classifier or a timm model name, "
+                            "for example timm:resnet18.a1_in1k")
+        state = weights and read_tensors(weights, f"--weights wants a checkpoint of the timm model {name}")
+        try:
+            self.name, self.net = name, timm.create_model(name, pretrained=state is None)
+        except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+            raise UserError(f"embedding {name}: its pretrained weights could not be fetched ({type(error).__name__}); "
+                            "give a local checkpoint of the model with --weights FILE") from error
+        if state is not None:
+            load_strictly(self.net, state, weights)
+        self.net.reset_classifier(0)
+        self.net.to(self.device).eval()
         config = timm.data.resolve_model_data_config(self.net)
         self.size = config["input_size"][1:]
         self.mean, self.std = (torch.tensor(config[key], device=device)[:, None, None] for key in ("mean", "std"))
-        self.dim = getattr(self.net, "head_hidden_size", None) or self.net.num_features
+        self.dims = {"pool": getattr(self.net, "head_hidden_size", None) or self.net.num_features}
         digest = hashlib.sha256()
         for key, tensor in sorted(self.net.state_dict().items()):
             digest.update(key.encode() + tensor.cpu().numpy().tobytes())
         self.settings = {"resize": f"bicubic-antialias-{self.size[0]}x{self.size[1]}", "weights_sha256": digest.hexdigest()}
 
-    def features(self, images):
+    def _taps(self, images):
         x = F.interpolate(images.permute(0, 3, 1, 2).float(), self.size, mode="bicubic", antialias=True).clamp_(0, 255) / 255
-        return self.net((x - self.mean) / self.std)
-
-
-def _timm_model(name, weights):
-    import timm
-    if not timm.is_model(name):
-        raise UserError(f"embedding {name!r} is unknown; wanted inception, pixels, classifier or a timm model name, "
-                        "for example timm:resnet18.a1_in1k")
-    state = weights and read_tensors(weights, f"--weights wants a checkpoint of the timm model {name}")
-    try:
-        model = timm.create_model(name, pretrained=state is None)
-    except Exception as error:  # the hub client raises many kinds, all of which mean the same here
-        raise UserError(f"embedding {name}: its pretrained weights could not be fetched ({type(error).__name__}); "
-                        "give a local checkpoint of the model with --weights FILE") from error
-    if state is not None:
-        load_strictly(model, state, weights)
-    model.reset_classifier(0)
-    return model
+        return {"pool": self.net((x - self.mean) / self.std)}
 
 
 def read_tensors(path, remedy):
@@ -194,24 +177,23 @@ def read_tensors(path, remedy):
             from safetensors.torch import load_file
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # in bytes that are no torch file the reader can stumble over anything; torch's texts advise to unpickle
-        raise UserError(f"{path}: not a file of plain tensors ({type(error).__name__}); "
-                        "was the download cut short, or is it a pickled network?") from error
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: not a plain state dict (name -> tensor); save the network's state_dict() alone")
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise TypeError("not tensors alone")
+    except Exception as error:  # damaged bytes can raise anything; torch's texts advise to unpickle
+        raise UserError(f"{path}: not a plain state dict, tensors by name ({type(error).__name__}); was the download cut short, "
+                        "or is it a whole network? Then save its state_dict() alone") from error
     return state
 
 
 def load_strictly(net, state, source, remedy="give a plain state dict of exactly this model"):
     """Load a state dict whose names and shapes have to be the network's. Raises UserError naming the first that is not."""
-    own = {name: tensor for name, tensor in net.state_dict().items() if name in state or not name.endswith("num_batches_tracked")}
-    for name in sorted(own.keys() | state.keys()):
-        if name not in state:
-            raise UserError(f"{source}: tensor {name} is missing ({len(state)} tensors found, {len(own)} wanted); {remedy}")
-        if name not in own:
-            raise UserError(f"{source}: tensor {name} is not of this model; {remedy}")
-        if own[name].shape != state[name].shape:
-            raise UserError(f"{source}: {name} is {tuple(state[name].shape)}, wanted {tuple(own[name].shape)}; {remedy}")
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()
+              if name in state or not name.endswith("num_batches_tracked")}
+    for name in sorted(wanted.keys() | found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(f"{source}: tensor {name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'no such tensor')} "
+                            f"({len(found)} tensors found, {len(wanted)} wanted); {remedy}")
     net.load_state_dict(dict(state), assign=next(net.parameters()).is_meta)
 
 

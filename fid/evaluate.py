@@ -20,6 +20,7 @@ from utils.files import told, write_whole
 PUBLISHED_COUNT = 50_000        # samples behind a published number
 REFERENCE_IMAGES = 10_000       # reference images whose features precision, recall and KID look at, as in ADM's batches
 ADM_CONVERSION = "floor((x + 1) * 127.5)"
+NO_IMAGES = "needs reference images and {} holds statistics only (no arr_0); give an ADM batch or an image set"
 
 
 class Reference:
@@ -36,11 +37,11 @@ class Reference:
         self.stored = self.gaussians is not None
         self.images = Source(reference) if not self.stored or holds(reference, "arr_0") else None
         self.num_images = self.settings.get("num_images") if self.stored else len(self.images)  # None if the file does not say
-        self.pool = None         # features (M, d) of reference images
+        self.pool = ()           # features (M, d) of reference images
         self.positions = None    # which images of the set those are, (M,)
         self.embedding = None    # whose features they are
 
-    def prepare(self, embedding, spatial, keep, batch_size, seed):
+    def prepare(self, embedding, keep, batch_size, seed):
         """Compute what is not stored, once: statistics of all images, and with `keep` the features of up to REFERENCE_IMAGES.
 
         Every process has to call.
@@ -49,19 +50,17 @@ class Reference:
             raise UserError(f"{self.name}: this Reference already holds features of {self.embedding.name}; "
                             "open another one for another embedding")
         self.embedding = embedding
-        has_statistics = self.gaussians is not None and ("spatial" in self.gaussians or not spatial)
-        if has_statistics and (self.pool is not None or not keep):
+        if self.gaussians is not None and (len(self.pool) or not keep):
             return
-        wanted = np.zeros(len(self.images), dtype=bool)
+        kept = np.zeros(len(self.images), dtype=bool)
         if keep:
             self.positions = random_positions(len(self.images), min(REFERENCE_IMAGES, len(self.images)), seed)
-            wanted[self.positions] = True
-        stream = FeatureStream(embedding, spatial and not self.stored)
-        stream.add_source(self.images, batch_size, "reference", wanted if keep else None, self.positions if self.stored else None)
+            kept[self.positions] = True
+        stream = FeatureStream(embedding)
+        stream.add_source(self.images, batch_size, "reference", kept, self.positions if self.stored else None)
+        self.pool = stream.pool()
         if not self.stored:
             self.gaussians = stream.gaussians()
-        if keep:
-            self.pool = stream.pool()
 
 
 class Evaluator:
@@ -78,17 +77,15 @@ class Evaluator:
     """
 
     def __init__(self, reference, metrics=None, embedding="inception", weights=None, num_images=None, interval=False,
-                 keep_features=False, batch_size=64, seed=0, conversion=ADM_CONVERSION, device=None):
+                 keep_features=False, batch_size=64, seed=0, conversion=ADM_CONVERSION):
         self.reference = reference if isinstance(reference, Reference) else Reference(reference)
-        name = embedding if isinstance(embedding, str) else embedding.name
-        self.metrics, self.skipped = choose_metrics(metrics, name, self.reference)
+        self.embedding = make_embedding(embedding, weights) if isinstance(embedding, str) else embedding
+        self.metrics, self.skipped = choose_metrics(metrics, self.embedding.name, self.reference)
         check_counts(self.metrics, interval, num_images, self.reference)
-        self.embedding = make_embedding(embedding, weights, device) if isinstance(embedding, str) else embedding
         check_stored(self.reference, self.embedding)
         self.num_images, self.interval, self.batch_size, self.seed = num_images, interval, batch_size, seed
         self.conversion = conversion
         chosen = [METRICS[name] for name in self.metrics]
-        self.spatial = any(metric.tap == "spatial" for metric in chosen)
         self.keeps_reference = keep_features or any(metric.images for metric in chosen)
         self.keeps_samples = keep_features or interval or any(not metric.tap for metric in chosen)
         self.reset()
@@ -102,18 +99,18 @@ class Evaluator:
 
     def reset(self):
         """Forget the samples, to evaluate another model against the same reference."""
-        self.stream = FeatureStream(self.embedding, self.spatial)
+        self.stream = FeatureStream(self.embedding)
 
     def add(self, images, batch_index):
         """images: (B, H, W, 3) uint8, numpy or torch; batch_index: its place among the global batches.
 
         Each process adds its own batches, batch k on rank k mod W.
         """
-        self.stream.add(images, batch_index, np.ones(len(images), dtype=bool) if self.keeps_samples else None)
+        self.stream.add(images, batch_index, np.full(len(images), self.keeps_samples))
 
     def add_all(self, source):
         """Add all images of a fid.sources.Source, each process its share."""
-        self.stream.add_source(source, self.batch_size, "samples", np.ones(len(source), dtype=bool) if self.keeps_samples else None)
+        self.stream.add_source(source, self.batch_size, "samples", np.full(len(source), self.keeps_samples))
 
     def result(self):
         """{"numbers": name -> float, "settings": ..., "warnings": [...], "skipped": metric -> why}, the same on every process.
@@ -124,8 +121,8 @@ class Evaluator:
         if self.num_images not in (None, count):
             raise ValueError(f"num_images={self.num_images} were announced, {count} came; a batch was left out or doubled")
         check_counts(self.metrics, self.interval, count, self.reference)
-        self.reference.prepare(self.embedding, self.spatial, self.keeps_reference, self.batch_size, self.seed)
-        self.gaussians, self.pool = self.stream.gaussians(), self.stream.pool() if self.keeps_samples else None
+        self.reference.prepare(self.embedding, self.keeps_reference, self.batch_size, self.seed)
+        self.gaussians, self.pool = self.stream.gaussians(), self.stream.pool()
         return distributed.broadcast_object(self._compute(count) if distributed.is_main() else None)
 
     def _compute(self, count):
@@ -151,14 +148,14 @@ class Evaluator:
             "reference": {
                 "name": reference.name, "statistics": "stored" if reference.stored else "computed from its images",
                 "num_images": reference.num_images,
-                "images_compared": len(reference.pool) if reference.pool is not None else 0,
+                "images_compared": len(reference.pool),
             },
         }
 
 
 def embedding_settings(embedding):
     """What has to be known of an embedding, and of the software, to repeat its features."""
-    return {"embedding": embedding.name, "dim": embedding.dim, **embedding.settings, "arithmetic": "float32, no TF32",
+    return {"embedding": embedding.name, "dim": embedding.dims["pool"], **embedding.settings, "arithmetic": "float32, no TF32",
             "device": embedding.device.type, "software": f"python {platform.python_version()}, torch {torch.__version__}, "
                                                          f"numpy {np.__version__}"}
 
@@ -172,8 +169,7 @@ def choose_metrics(wanted, embedding_name, reference):
         if embedding_name != "inception" and not metric.other:
             obstacles[name] = f"is defined on the inception embedding only, not on {embedding_name}"
         elif metric.images and reference.images is None:
-            obstacles[name] = (f"needs reference images and {reference.name} holds statistics only (no arr_0); "
-                               "give an ADM batch or an image set")
+            obstacles[name] = NO_IMAGES.format(reference.name)
         elif metric.tap == "spatial" and reference.stored and "spatial" not in reference.gaussians:
             obstacles[name] = (f"needs mu_s and sigma_s, which {reference.name} lacks (an EDM reference serves FID only); "
                                "give an ADM batch or make a file with `python -m fid ref`")
@@ -208,36 +204,32 @@ def check_stored(reference, embedding):
     if made_with != embedding.name:
         raise UserError(f"{reference.name}: its statistics are of the {made_with} embedding, the samples' are of "
                         f"{embedding.name}; make a reference with `python -m fid ref --embedding {embedding.name}`")
-    for tap, (mu, _) in reference.gaussians.items():
-        dim = embedding.dim if tap == "pool" else getattr(embedding, "spatial_dim", 0)
-        if len(mu) != dim:
-            raise UserError(f"{reference.name}: statistics of {len(mu)} features, {embedding.name} has {dim}")
+    dims = {tap: len(mu) for tap, (mu, _) in reference.gaussians.items()}
+    if not dims.items() <= embedding.dims.items():
+        raise UserError(f"{reference.name}: its statistics have these numbers of features: {dims}, {embedding.name} has {embedding.dims}")
     theirs, ours = reference.settings.get("weights_sha256"), embedding.settings.get("weights_sha256")
-    if theirs is not None and theirs != ours:
+    if theirs not in (None, ours):
         raise UserError(f"{reference.name}: made with weights sha256 {theirs[:8]}..., the samples are seen with {ours[:8]}...; "
                         "use one weights file for both")
 
 
 def count_warnings(embedding, count, reference):
     """What a reader of the numbers should know about how many images are behind them, and which weights."""
-    warnings = []
-    name = METRICS["fid"].name(embedding.name)
-    for what, number in (("samples", count), ("reference images", reference.num_images)):
-        if number is not None and number < embedding.dim + 1:
-            warnings.append(f"{number} {what} are too few for {embedding.dim} features: the covariance is singular and {name} far "
-                            f"too high; use at least {embedding.dim + 1}, and compare only equal numbers of samples")
-    if embedding.name != "inception":
-        return warnings
-    if embedding.dim < count < PUBLISHED_COUNT:
-        warnings.append(f"{count} samples: published numbers use {PUBLISHED_COUNT}, and fewer samples give a higher FID; "
-                        "compare only equal numbers of samples (--interval also estimates the limit of many)")
-    if reference.num_images is not None and embedding.dim < reference.num_images < PUBLISHED_COUNT:
-        warnings.append(f"the reference statistics come from {reference.num_images} images ({reference.name}), not from a whole "
-                        "training set: published ImageNet FIDs use the mu and sigma stored in ADM's or EDM's file")
-    if not embedding.settings["weights_sha256"].startswith(PUBLISHED_SHA256_PREFIX):
-        warnings.append(f"the Inception weights (sha256 {embedding.settings['weights_sha256'][:8]}...) are not the published "
-                        f"ones ({PUBLISHED_SHA256_PREFIX}...): these numbers compare with no table")
-    return warnings
+    dim, published = embedding.dims["pool"], PUBLISHED_COUNT
+    references = reference.num_images or published  # a file that does not say how many is one of the published ones
+    few = (f"{{}} are too few for {dim} features: the covariance is singular and {METRICS['fid'].name(embedding.name)} far too high; "
+           f"use at least {dim + 1}, and compare only equal numbers of samples")
+    table = [(count <= dim, few.format(f"{count} samples")), (references <= dim, few.format(f"{references} reference images"))]
+    if embedding.name == "inception":
+        sha256 = embedding.settings["weights_sha256"][:8]
+        table += [
+            (dim < count < published, f"{count} samples: published numbers use {published}, and fewer samples give a higher FID; "
+             "compare only equal numbers of samples (--interval also estimates the limit of many)"),
+            (dim < references < published, f"the reference statistics come from {references} images ({reference.name}), not from a "
+             "whole training set: published ImageNet FIDs use the mu and sigma stored in ADM's or EDM's file"),
+            (sha256 != PUBLISHED_SHA256_PREFIX, f"the Inception weights (sha256 {sha256}...) are not the published ones "
+             f"({PUBLISHED_SHA256_PREFIX}...): these numbers compare with no table")]
+    return [warning for applies, warning in table if applies]
 
 
 def format_result(result):
@@ -281,8 +273,7 @@ def save_neighbours(path, source, evaluator, num_samples=8, num_neighbours=5):
 def check_neighbours(source, reference):
     """Raise UserError if a picture of both cannot be made."""
     if reference.images is None:
-        raise UserError(f"--neighbours needs reference images and {reference.name} holds statistics only (no arr_0); "
-                        "give an ADM batch or an image set")
+        raise UserError("--neighbours " + NO_IMAGES.format(reference.name))
     if source.size != reference.images.size:
         raise UserError(f"--neighbours shows both side by side, but samples are {source.size} and reference images "
                         f"{reference.images.size} pixels; give reference images of the samples' size")

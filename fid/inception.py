@@ -74,18 +74,14 @@ class InceptionTrunk(nn.Module):
             if isinstance(module, BasicConv2d):
                 module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
         layers = list(net.float().children())
-        self.first, self.to_spatial, self.to_pool = nn.Sequential(*layers[:7]), nn.Sequential(*layers[7:14]), nn.Sequential(*layers[14:18])
+        self.to_spatial, self.to_pool = nn.Sequential(*layers[:14]), nn.Sequential(*layers[14:18])
 
-    def stem(self, images):
-        """images (B, H, W, 3) uint8 -> the maps after the two max pools (B, 192, 35, 35)."""
-        x = resize_tf1(images).sub_(128).div_(128)
-        return self.first(x.permute(0, 3, 1, 2))  # NCHW view of channels-last memory
-
-    def trunk(self, x):
-        """(B, 192, 35, 35) -> pool (B, 2048) and spatial (B, 2023): the first channels of Mixed_6d, flattened as H, W, C."""
+    def forward(self, images):
+        """images (B, H, W, 3) uint8 -> "pool" (B, 2048) and "spatial" (B, 2023): the first channels of Mixed_6d, flattened as H, W, C."""
+        x = resize_tf1(images).sub_(128).div_(128).permute(0, 3, 1, 2)  # NCHW view of channels-last memory
         x = self.to_spatial(x)  # (B, 768, 17, 17); branch1x1 comes first in it
         spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return self.to_pool(x).mean((2, 3)), spatial
+        return {"pool": self.to_pool(x).mean((2, 3)), "spatial": spatial}
 
 
 def resize_tf1(images, size=INPUT_SIZE):

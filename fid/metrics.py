@@ -24,13 +24,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     mu: (d,), sigma: (d, d) symmetric, numpy or torch. Exact for singular covariances: no eps on a diagonal, no complex numbers.
     Returns a float. Raises ValueError if shapes differ or a number is not finite. Source: Dowson and Landau 1982.
     """
-    mu1, sigma1, mu2, sigma2 = (np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    d = len(mu1)
-    for name, array, shape in (("mu1", mu1, (d,)), ("mu2", mu2, (d,)), ("sigma1", sigma1, (d, d)), ("sigma2", sigma2, (d, d))):
-        if array.shape != shape:
-            raise ValueError(f"frechet_distance: {name} is {array.shape}, wanted {shape}; both sides need the same features")
-        if not np.isfinite(array).all():
-            raise ValueError(f"frechet_distance: {name} holds NaN or infinity; a covariance needs at least 2 images")
+    mu1, sigma1, mu2, sigma2 = arrays = [np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2)]
+    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or not all(np.isfinite(array).all() for array in arrays):
+        shapes = [array.shape for array in arrays]
+        raise ValueError(f"frechet_distance: shapes {shapes}, wanted (d,), (d, d) twice, without NaN or infinity")
     return frechet_to_root(mu1, covariance_root(sigma1), mu2, sigma2)
 
 
@@ -43,9 +40,6 @@ def frechet_to_root(mu1, root1, mu2, sigma2):
 
 def covariance_root(sigma):
     """R (d, rank) with R R^T = sigma; directions below the rank cut are left out."""
-    values = np.linalg.eigvalsh(sigma)
-    if values[0] > 100 * _rank_cut(values):  # full rank: Cholesky's root serves as well and costs a tenth
-        return np.linalg.cholesky(sigma)
     values, vectors = np.linalg.eigh(sigma)
     kept = values > _rank_cut(values)
     return vectors[:, kept] * np.sqrt(values[kept])

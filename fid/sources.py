@@ -90,13 +90,9 @@ def batches(source, batch_size, positions):
     positions: which images make up the batches, ascending (M,). One batch is read ahead in a thread.
     """
     mine = range(distributed.rank(), -(-len(positions) // batch_size), distributed.world_size())
-
-    def read(index):
-        return source.read(positions[index * batch_size:(index + 1) * batch_size])
-
     with ThreadPoolExecutor(1) as reader:
-        ahead = reader.submit(read, mine[0]) if mine else None
-        for place, index in enumerate(mine):
-            images = ahead.result()
-            ahead = reader.submit(read, mine[place + 1]) if place + 1 < len(mine) else None
-            yield index, images
+        reads = (reader.submit(source.read, positions[index * batch_size:(index + 1) * batch_size]) for index in mine)
+        ahead = next(reads, None)
+        for index in mine:
+            current, ahead = ahead, next(reads, None)
+            yield index, current.result()

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from dataset.base import open_npz, read_npz
-from fid.sources import batches, check_images
+from fid.sources import batches
 from utils import distributed
 from utils.cli import UserError
 from utils.files import told, write_whole
@@ -37,50 +37,42 @@ class RunningStatistics:
 
 
 class FeatureStream:
-    """Features of one image set, collected batch by batch on every process.
+    """Features of one image set, collected batch by batch. Batches are numbered 0, 1, 2, ... over all processes."""
 
-    spatial: also those of the embedding's second tap. Batches are numbered 0, 1, 2, ... over all processes.
-    """
-
-    def __init__(self, embedding, spatial=False):
+    def __init__(self, embedding):
         self.embedding = embedding
-        self.running = {"pool": RunningStatistics(embedding.dim, embedding.device)}
-        if spatial:
-            self.running["spatial"] = RunningStatistics(embedding.spatial_dim, embedding.device)
-        self.kept = {}         # batch_index -> features (n, d)
+        self.running = {tap: RunningStatistics(dim, embedding.device) for tap, dim in embedding.dims.items()}
+        self.kept = {}         # batch_index -> pooled features (n, d)
         self.counts = {}       # batch_index -> images in it
         self.image_size = None
 
     def add(self, images, batch_index, keep):
-        """images: (B, H, W, 3) uint8; keep: bool (B,), whose features to hold on to (None: nobody's)."""
-        check_images(images)
+        """images: (B, H, W, 3) uint8; keep: bool (B,), numpy, the images whose pooled features are kept."""
         size = tuple(images.shape[1:3])
         if self.image_size not in (None, size):
             raise UserError(f"images: mixed sizes, {self.image_size} before and {size} in batch {batch_index}; "
                             "crop and resize all images to one size first")
         if batch_index in self.counts:
             raise ValueError(f"batch_index {batch_index} was given twice; number the global batches 0, 1, 2, ...")
-        features, spatial = self.embedding.both_taps(images) if "spatial" in self.running else (self.embedding(images), None)
-        if not features.isfinite().all():
+        taps = self.embedding.taps(images)
+        if not taps["pool"].isfinite().all():
             raise UserError(f"{self.embedding.name}: features of batch {batch_index} hold NaN or infinity; its weights are damaged, "
                             "get them anew")
-        self.image_size, self.counts[batch_index] = size, len(features)
-        self.running["pool"].add(features)
-        if spatial is not None:
-            self.running["spatial"].add(spatial)
-        if keep is not None:
-            self.kept[batch_index] = features[torch.as_tensor(keep, device=features.device)]
+        self.image_size, self.counts[batch_index] = size, len(images)
+        for tap, features in taps.items():
+            self.running[tap].add(features)
+        self.kept[batch_index] = taps["pool"][torch.from_numpy(keep)]
 
     def add_source(self, source, batch_size, what, keep, positions=None):
         """Add this process's share of an image set, with progress under the name `what`.
 
-        keep: bool (N,) over the set, as in `add`. positions: of the images to add, ascending (M,); None takes all.
+        keep: bool (N,) over the set, as in `add`. positions: of the images to add, ascending (M,); None adds all.
         """
         positions = np.arange(len(source)) if positions is None else positions
         with Progress(len(positions), what, "images") as progress:
             for index, images in batches(source, batch_size, positions):
                 rows = positions[index * batch_size:(index + 1) * batch_size]
-                self.add(images, index, None if keep is None else keep[rows])
+                self.add(images, index, keep[rows])
                 progress.update(min(len(images) * distributed.world_size(), progress.total - progress.n))  # all are about as far
 
     def count(self):

@@ -4,7 +4,7 @@ import torch
 
 from fid.evaluate import Evaluator
 from fid.inception import make_network
-from fid.sources import Source
+from fid.sources import Source, check_images
 
 
 def random_inception(seed=0):
@@ -49,19 +49,20 @@ class TinyInception:
     """Stands in for the Inception embedding: the same interface and name, 8 + 6 features of a random projection."""
 
     name = "inception"
-    dim, spatial_dim = 8, 6
+    dims = {"pool": 8, "spatial": 6}
     device = torch.device("cpu")
 
     def __init__(self, sha256="6726825d" + "0" * 56):
         generator = torch.Generator().manual_seed(0)
         self.settings = {"resize": "tf1-bilinear-299", "weights_sha256": sha256}
-        self.projection = torch.randn(4 * 4 * 3, self.dim + self.spatial_dim, generator=generator)
-        self.class_weight = 8 * torch.eye(self.dim)
+        self.projection = torch.randn(4 * 4 * 3, 8 + 6, generator=generator)
+        self.class_weight = 8 * torch.eye(8)
 
-    def both_taps(self, images):
+    def taps(self, images):
+        check_images(images)
         x = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255 - 0.5
         taps = torch.nn.functional.adaptive_avg_pool2d(x, 4).flatten(1) @ self.projection
-        return taps[:, :self.dim].tanh(), taps[:, self.dim:]
+        return {"pool": taps[:, :8].tanh(), "spatial": taps[:, 8:]}
 
     def __call__(self, images):
-        return self.both_taps(images)[0]
+        return self.taps(images)["pool"]

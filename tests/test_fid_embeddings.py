@@ -51,7 +51,7 @@ def test_timm_model_reads_a_local_checkpoint(tmp_path):
     embedding = embeddings.make_embedding("timm:test_resnet", weights=tmp_path / "model.pth", device="cpu")
     images = random_images(2, 40, 40)
     features = embedding(images)
-    assert features.shape == (2, embedding.dim) and embedding.name == "test_resnet"
+    assert features.shape == (2, embedding.dims["pool"]) and embedding.name == "test_resnet"
     size = embedding.size
     x = torch.nn.functional.interpolate(images.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True).clamp(0, 255) / 255
     mean, std = (torch.tensor(model.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))

@@ -22,7 +22,7 @@ def gaussian_of(features):
 
 def write_adm_batch(path, images, num_images=None, **settings):
     """Statistics and images of an ADM batch, as TinyInception sees them."""
-    pool, spatial = TinyInception().both_taps(images)
+    pool, spatial = TinyInception().taps(images).values()
     settings |= {"num_images": num_images} if num_images else {}
     statistics.save_statistics(path, {"pool": gaussian_of(pool), "spatial": gaussian_of(spatial)}, settings, images)
     return path
@@ -34,7 +34,7 @@ def measured(**options):
 
 def test_numbers_equal_their_definitions_on_all_features():
     result = measured(metrics=tuple(metrics.METRICS))
-    (pool, spatial), (real_pool, real_spatial) = (TinyInception().both_taps(images) for images in (SAMPLES, REAL))
+    (pool, spatial), (real_pool, real_spatial) = (TinyInception().taps(images).values() for images in (SAMPLES, REAL))
     wanted = {
         "FID": metrics.frechet_distance(*gaussian_of(real_pool), *gaussian_of(pool)),
         "sFID": metrics.frechet_distance(*gaussian_of(real_spatial), *gaussian_of(spatial)),
@@ -199,7 +199,7 @@ def test_statistics_of_other_features_are_told(tmp_path):
     with pytest.raises(ValueError, match="made with weights sha256 abababab..., the samples are seen with 6726825d"):
         Evaluator(path, metrics=("fid",), embedding=TinyInception())
     np.savez(path, mu=np.zeros(5), sigma=np.eye(5))
-    with pytest.raises(ValueError, match="statistics of 5 features, inception has 8"):
+    with pytest.raises(ValueError, match="'pool': 5}, inception has {'pool': 8"):
         Evaluator(path, metrics=("fid",), embedding=TinyInception())
 
 

@@ -45,9 +45,9 @@ def test_frechet_distance_of_a_set_with_itself_is_zero():
 
 def test_frechet_distance_refuses_other_shapes_and_nan():
     eye = np.eye(3)
-    with pytest.raises(ValueError, match="mu2 is .2,., wanted .3,"):
+    with pytest.raises(ValueError, match=r"shapes .*\(2,\).*, wanted \(d,\), \(d, d\) twice"):
         metrics.frechet_distance(np.zeros(3), eye, np.zeros(2), np.eye(2))
-    with pytest.raises(ValueError, match="sigma2 holds NaN"):
+    with pytest.raises(ValueError, match="without NaN or infinity"):
         metrics.frechet_distance(np.zeros(3), eye, np.zeros(3), eye * np.nan)
 
 
