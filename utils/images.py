@@ -1,14 +1,15 @@
 """Pictures on disk: uint8 conversion, PNGs, labelled grids and curves."""
 
+import io
 import math
 from pathlib import Path
 
 import numpy as np
 
-MARGIN, FONT_SIZE = 6, 15
-LABEL_WIDTH = 170   # pixels beside a row; longer texts are cut short
+DPI, MARGIN, FONT_SIZE = 128, 6, 8  # of grids; a power of two, so that pixels are exact in inches; in pixels; in points
+LABEL_LETTERS = 22  # beside a row; longer labels are cut short
+LETTER_WIDTH = 10  # pixels: so many letters fit above a column
 SMALLEST_CELL = 64  # smaller images are enlarged by a whole number
-PAPER, INK = (255, 255, 255), (20, 20, 20)
 
 
 def to_uint8(images):
@@ -33,7 +34,7 @@ def tile(images, columns):
     from torchvision.utils import make_grid
 
     planes = torch.from_numpy(_to_array(images).transpose(0, 3, 1, 2).copy())
-    return make_grid(planes, nrow=columns, padding=0, pad_value=PAPER[0]).permute(1, 2, 0).numpy()
+    return make_grid(planes, nrow=columns, padding=0, pad_value=255).permute(1, 2, 0).numpy()
 
 
 def save_grid(path, images, labels=None, column_labels=None, columns=None, title=None):
@@ -42,30 +43,30 @@ def save_grid(path, images, labels=None, column_labels=None, columns=None, title
     labels: one text per row, at the left. column_labels: one text per column, above. Texts too long for their place are cut.
     columns: images per row; by default as many as give the rows that `labels` names, else a square.
     """
-    from PIL import Image, ImageDraw
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+    from PIL import Image
 
-    images = _to_array(images)
+    labels, column_labels = labels or [], column_labels or []
     columns = columns or math.ceil(len(images) / len(labels) if labels else math.sqrt(len(images)))
-    grid = Image.fromarray(tile(images, columns))
     scale = max(1, math.ceil(SMALLEST_CELL / images.shape[2]))
-    grid = grid.resize((grid.width * scale, grid.height * scale), Image.Resampling.NEAREST)
-    width, height = images.shape[2] * scale, images.shape[1] * scale
-    assert not labels or len(labels) == grid.height // height, "one label per row"
-    assert not column_labels or len(column_labels) == grid.width // width, "one label per column"
+    grid = tile(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
+    height, width = images.shape[1] * scale, images.shape[2] * scale
+    assert len(labels) * height in (0, len(grid)), "one label per row"
+    assert len(column_labels) * width in (0, grid.shape[1]), "one label per column"
 
-    font = _font()
-    labels = [_shortened(label, font, LABEL_WIDTH) for label in labels or ()]
-    left = MARGIN + max((math.ceil(font.getlength(label)) + MARGIN for label in labels), default=0)
-    top = MARGIN + (FONT_SIZE + MARGIN) * (bool(title) + bool(column_labels))
-    title_width = MARGIN + math.ceil(font.getlength(title or ""))
-    picture = Image.new("RGB", (max(left + grid.width, title_width) + MARGIN, top + grid.height + MARGIN), PAPER)
-    picture.paste(grid, (left, top))
-    draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN), title or "", INK, font)
-    for column, label in enumerate(column_labels or ()):
-        draw.text((left + (column + 0.5) * width, top - MARGIN), _shortened(label, font, width), INK, font, anchor="ms")
-    for row, label in enumerate(labels):
-        draw.text((left - MARGIN, top + (row + 0.5) * height), label, INK, font, anchor="rm")
+    # The axes fill the figure and labels lie outside of it, so that one pixel of the grid is one of the picture.
+    figure = Figure(figsize=(grid.shape[1] / DPI, len(grid) / DPI), dpi=DPI)
+    axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
+    axes.imshow(grid, interpolation="nearest", aspect="auto")
+    axes.set_yticks(height * (np.arange(len(labels)) + 0.5), [_shortened(label, LABEL_LETTERS) for label in labels])
+    axes.set_xticks(width * (np.arange(len(column_labels)) + 0.5), [_shortened(label, width // LETTER_WIDTH) for label in column_labels])
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=FONT_SIZE)
+    axes.set_title(title or "", loc="left", fontsize=FONT_SIZE)
+    drawn = io.BytesIO()
+    edges = figure.get_tightbbox().padded(MARGIN / DPI).extents
+    figure.savefig(drawn, format="png", bbox_inches=Bbox.from_extents(np.rint(edges * DPI) / DPI))
+    picture = Image.open(drawn).convert("RGB")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     save_png(path, picture)
     return np.asarray(picture)
@@ -94,17 +95,5 @@ def _to_array(images):
     return array
 
 
-def _font():
-    """DejaVu Sans, which comes with matplotlib: Pillow's own font draws boxes for å, ä, ö and other letters."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", FONT_SIZE)
-
-
-def _shortened(text, font, width):
-    """`text`, or as much of its beginning as fits into `width` pixels with an ellipsis."""
-    text, end = str(text), ""
-    while text and font.getlength(text + end) > width:
-        text, end = text[:-1].rstrip(), "…"
-    return text + end
+def _shortened(text, letters):
+    return text if len(text) <= letters else text[:letters - 1].rstrip() + "…"
