@@ -159,15 +159,15 @@ def test_user_error_on_one_rank_is_one_line_and_its_exit_code(runs, tiny_latents
 def test_killed_rank_is_named(runs, tiny_latents, tmp_path):
     codes, said = runs.start(command_line(tiny_latents, tmp_path), tmp_path / "out.txt", processes=2, crash=("vanish", 4), crash_rank=1)
     assert codes == [1, 77]
-    assert "rank 0 ended because rank 1 is gone: killed, or out of memory; rank 1 was last seen at step" in said and "Traceback" not in said
+    assert "rank 0 ended because rank 1 does not answer; it was last seen at step" in said and "killed" in said and "Traceback" not in said
 
 
 def test_hung_rank_is_named_within_the_time_out(runs, tiny_latents, tmp_path):
     arguments = command_line(tiny_latents, tmp_path, train__timeout_s=10)
     codes, said = runs.start(arguments, tmp_path / "out.txt", processes=3, crash=("hang", 4), crash_rank=2)
     assert codes == [1, 1, -signal.SIGKILL]
-    assert "rank 0 ended because rank 2 did not answer within train.timeout_s" in said
-    assert "rank 2 was last seen at step" in said and "Traceback" not in said
+    assert "rank 0 ended because rank 2 does not answer; it was last seen at step" in said
+    assert "hung for train.timeout_s" in said and "Traceback" not in said
 
 
 def test_second_job_on_one_folder_is_refused(runs, tiny_latents, tmp_path):
@@ -255,7 +255,7 @@ def test_a_run_under_nohup_survives_its_terminal(tmp_path):
 
 @pytest.mark.parametrize("task, code, wanted", [
     ("refuse", 2, ["error: bad data"]), ("bug", 1, ["Traceback", "KeyError: 'a bug'"]),
-    ("kill", 137, ["error: the process of rank 1 was ended by SIGKILL (kill -9, or the system was out of memory)"])])
+    ("kill", 137, ["error: the process of rank 1 was ended by SIGKILL (SIGKILL: perhaps out of memory)"])])
 def test_launcher_returns_the_first_exit_code_and_adds_only_who_was_killed(tmp_path, task, code, wanted):
     process = start_worker(tmp_path, task)
     said = process.communicate(timeout=100)[0]
@@ -264,10 +264,10 @@ def test_launcher_returns_the_first_exit_code_and_adds_only_who_was_killed(tmp_p
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ({"num_processes": 0}, "--num_process_per_node 0: wanted 1 or more"), ({"num_processes": -2}, "--num_process_per_node -2"),
-    ({"master_port": 99999999}, "--master_port 99999999: wanted a port from 1 to 65535"), ({"master_port": -1}, "--master_port -1"),
-    ({"num_nodes": 2}, "--master_port 0: wanted a port .* the same on every node"),
-    ({"num_nodes": 2, "node_rank": 2, "master_port": 1}, "--num_nodes 2 --node_rank 2"), ({"num_nodes": 0}, "--num_nodes 0")])
+    ({"num_processes": 0}, "--num_process_per_node 0: wanted 1 to"), ({"num_processes": -2}, "--num_process_per_node -2"),
+    ({"master_port": 99999999}, "--master_port 99999999: wanted 0 to 65535"), ({"master_port": -1}, "--master_port -1"),
+    ({"num_nodes": 2}, "--master_port 0: wanted 1 to 65535"),
+    ({"num_nodes": 2, "node_rank": 2, "master_port": 1}, "--node_rank 2: wanted 0 to 1"), ({"num_nodes": 0}, "--num_nodes 0")])
 def test_numbers_that_cannot_be_are_told_before_anything_starts(monkeypatch, wrong, said):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(UserError, match=said):

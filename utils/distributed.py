@@ -139,7 +139,7 @@ def data_parallel(net, static_graph=False):
 def note_progress(place):
     """Note for the other processes where this one is ("step 12")."""
     if _store is not None:
-        _store.set(f"seen/{rank()}", f"{time.time():.0f} {place}")
+        _store.set(f"seen/{rank()}", f"{place} ({time.strftime('%X')})")
 
 
 def note_failure(text):
@@ -155,8 +155,8 @@ def note_failure(text):
 
 def explain_loss(error):
     """One line that says which other process failed or is silent, if that is what `error` comes from; else None."""
-    text = " ".join(str(error).split())
-    if _store is None or not isinstance(error, RuntimeError) or not any(word in text.lower() for word in LOST):
+    text = str(error).lower()
+    if _store is None or not isinstance(error, RuntimeError) or not any(word in text for word in LOST):
         return None
     try:
         _store.set(f"alive/{rank()}", "1")
@@ -164,15 +164,12 @@ def explain_loss(error):
         if _store.check(["failed"]):
             return f"ended because {_store.get('failed').decode()}"
         silent = [other for other in range(world_size()) if not _store.check([f"alive/{other}"])]
-        notes = {other: _store.get(f"seen/{other}").decode().partition(" ") for other in silent}
+        seen = [f"rank {other} does not answer; it was last seen at {_store.get(f'seen/{other}').decode()}" for other in silent]
     except RuntimeError:
         return "ended because the process that connects all others (rank 0 or the launcher) is gone"
     if not silent:
-        return f"ended because a collective failed on every rank: {text}"
-    timed_out = "timed out" in text.lower() or "timeout" in text.lower()
-    how = "did not answer within train.timeout_s: it hangs, or its disk or network does" if timed_out else "is gone: killed, or out of memory"
-    places = [f"rank {other} was last seen at {place}, {time.time() - float(when):.0f} s ago" for other, (when, _, place) in notes.items()]
-    return f"ended because rank {', '.join(map(str, silent))} {how}; {'; '.join(places)}"
+        return f"ended because a collective failed on every rank: {' '.join(text.split())}"
+    return f"ended because {'; '.join(seen)}. It was killed, is out of memory, or hung for train.timeout_s"
 
 
 # ------------------------------------------------------------------------------------------------ starting processes
@@ -182,11 +179,15 @@ def launch(script, argv, num_processes, num_nodes=1, node_rank=0, master_address
 
     Returns None if num_processes is None or this process is one that was started. The first process that fails ends all of them, and
     its exit code is returned (128 + the signal if one killed it). SIGTERM, SIGINT, SIGHUP and SIGUSR1 (SLURM's notice) reach the
-    processes as SIGTERM, and they end in their own time. master_port 0 takes a free port.
+    processes as SIGTERM, and they end in their own time. master_port: the same on every node; on one node 0 takes a free one.
     """
     if num_processes is None or "RANK" in os.environ:
         return None
-    check_processes(num_processes, num_nodes, node_rank, master_port)
+    limits = {"--num_process_per_node": (num_processes, 1, 4096), "--num_nodes": (num_nodes, 1, 65535),
+              "--node_rank": (node_rank, 0, num_nodes - 1), "--master_port": (master_port, int(num_nodes > 1), 65535)}
+    for option, (number, low, high) in limits.items():
+        if not low <= number <= high:
+            raise UserError(f"{option} {number}: wanted {low} to {high}")
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -205,20 +206,9 @@ def launch(script, argv, num_processes, num_nodes=1, node_rank=0, master_address
         failed_rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
-        hint = " (kill -9, or the system was out of memory)" if failure.exitcode == -signal.SIGKILL else ""
-        print(f"error: the process of rank {failed_rank} was ended by {failure.signal_name()}{hint}", file=sys.stderr)
+        print(f"error: the process of rank {failed_rank} was ended by {failure.signal_name()} (SIGKILL: perhaps out of memory)", file=sys.stderr)
         return 128 - failure.exitcode
     return 0
-
-
-def check_processes(num_processes, num_nodes, node_rank, master_port):
-    """Raise UserError for numbers of processes, nodes and ports that cannot be."""
-    if num_processes < 1:
-        raise UserError(f"--num_process_per_node {num_processes}: wanted 1 or more")
-    if not 0 <= node_rank < num_nodes:
-        raise UserError(f"--num_nodes {num_nodes} --node_rank {node_rank}: wanted a rank from 0 to one below the number of nodes")
-    if not (num_nodes > 1) <= master_port < 65536:
-        raise UserError(f"--master_port {master_port}: wanted a port from 1 to 65535, the same on every node; on one node 0 takes a free one")
 
 
 def _pass_on(number, frame):
