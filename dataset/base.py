@@ -1,11 +1,12 @@
 """What every set of samples offers, images and stored latents alike, and what their readers share."""
 
+import contextlib
 import io
+import json
 import math
 import os
-import struct
+import threading
 import zipfile
-import zlib
 
 import numpy as np
 
@@ -13,11 +14,11 @@ from utils.cli import UserError
 
 MOMENTS_CHANNELS = 8    # of the usual autoencoder with 4 latent channels
 CERTAIN_LOGVAR = -30.0  # a standard deviation of 3e-7
-NPZ_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError, NotImplementedError)  # from a file cut or changed
+NPY_MAGIC = b"\x93NUMPY"
 
 
 class SampleSet:
-    """Samples and their labels by number. Sub-classes fill in `_read_samples` and `_read_labels`.
+    """Samples and their labels by number. Sub-classes fill in `_read_samples`, and `labels` or `_read_labels`.
 
     name: the path, for messages. num_images: images without their mirrored copies.
     sample_shape, dtype: of one sample, as it is stored.
@@ -73,12 +74,15 @@ class SampleSet:
     def _read_samples(self, indices, out):
         raise NotImplementedError
 
-    def _read_labels(self, image_indices):
-        raise NotImplementedError
+    def _read_labels(self, images):
+        return self.labels[images]
 
 
 class LatentSet(SampleSet):
     """Stored latents of any format: samples are VAE moments (2C, H, W), mean then log-variance.
+
+    Formats that keep one array for each image fill in `_array` and call `_look_at_first`. An array (C, H, W) that holds latents
+    becomes moments with the lowest log-variance in use: drawing from them gives the latents back.
 
     scale, shift: latents = scale * (z - shift); numbers, or lists of one number per channel.
     says_scale: whether the files say so themselves. If not, these are what the format's own project uses.
@@ -89,6 +93,8 @@ class LatentSet(SampleSet):
     scale, shift, says_scale = 0.18215, 0.0, False
     vae, vae_digest = "", ""
     holds_mirrored = False
+    always_moments = False  # else 8 channels are moments of a 4-channel VAE, and any other number is latents
+    holds_latents = False
 
     @property
     def description(self):
@@ -106,33 +112,15 @@ class LatentSet(SampleSet):
                                 f"{said}; leave it out")
             setattr(self, name, wanted)
 
-
-def per_channel(name, value, channels):
-    """A scale or shift as a float, or as a list of one float per channel. Raises UserError for anything else."""
-    several, may_be_negative = isinstance(value, (list, tuple)), name.endswith("shift")
-    numbers = list(value) if several else [value]
-    sane = all(type(number) in (int, float) and math.isfinite(number) and (number > 0 or may_be_negative) for number in numbers)
-    if not sane or len(numbers) != (channels if several else 1):
-        raise UserError(f"{name}={value!r}, wanted a {'finite' if may_be_negative else 'positive'} number, or {channels} of them")
-    return list(map(float, numbers)) if several else float(value)
-
-
-class FormatSet(LatentSet):
-    """A `LatentSet` whose files hold moments or latents, one array per image; sub-classes fill in `_array`.
-
-    Latents (C, H, W) become moments whose log-variance is the lowest that is used: drawing from them gives the latents back.
-    """
-
-    always_moments = False  # else 8 channels are moments of a 4-channel VAE, and any other number is latents
-    holds_latents = False
-
-    def _set_shape(self, shape, where, dtype):
-        """Take over the shape (C, H, W) and type of one stored array."""
-        if len(shape) != 3 or shape[1] != shape[2] or np.dtype(dtype) not in (np.float16, np.float32):
-            raise UserError(f"{where}: {np.dtype(dtype)} of shape {tuple(shape)}, wanted float16 or float32 (channels, size, size)")
+    def _look_at_first(self):
+        """Take over shape (C, H, W) and type of the first stored array."""
+        array, where = self._array(0, False)
+        shape = array.shape
+        if len(shape) != 3 or shape[1] != shape[2] or array.dtype not in (np.float16, np.float32):
+            raise UserError(f"{where}: {array.dtype} of shape {shape}, wanted float16 or float32 (channels, size, size)")
         self.holds_latents = not self.always_moments and shape[0] != MOMENTS_CHANNELS
         self.sample_shape = (shape[0] * (2 if self.holds_latents else 1), *shape[1:])
-        self.dtype = np.dtype(dtype)
+        self.dtype = array.dtype
 
     def _read_samples(self, indices, out):
         channels = self.sample_shape[0] // (2 if self.holds_latents else 1)
@@ -150,51 +138,92 @@ class FormatSet(LatentSet):
         raise NotImplementedError
 
 
-def whole_number(data, where):
-    """The whole number in the bytes of an ascii text."""
-    text = bytes(data[:40]).strip()
-    if not text.removeprefix(b"-").isdigit() or len(text) > 18:
-        raise UserError(f"{where} is {text!r}, wanted a whole number in ascii")
-    return int(text)
+def per_channel(name, value, channels):
+    """A scale or shift as a float, or as a list of one float per channel. Raises UserError for anything else."""
+    several, may_be_negative = isinstance(value, (list, tuple)), name.endswith("shift")
+    numbers = list(value) if several else [value]
+    sane = all(type(number) in (int, float) and math.isfinite(number) and (number > 0 or may_be_negative) for number in numbers)
+    if not sane or len(numbers) != (channels if several else 1):
+        raise UserError(f"{name}={value!r}, wanted a {'finite' if may_be_negative else 'positive'} number, or {channels} of them")
+    return list(map(float, numbers)) if several else float(value)
 
 
-def one_integer(array, where):
-    """The number in an integer array of one element."""
-    if array.size != 1 or array.dtype.kind not in "iu":
-        raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted one integer")
-    return int(array.reshape(()))
+class PerProcess:
+    """Opens files, each once in a process: a forked child must not share the parent's handles, and a pickle carries none."""
+
+    def __init__(self, opens):
+        self.opens, self.process, self.handles, self.lock = opens, None, {}, threading.Lock()
+
+    def __call__(self, file):
+        with self.lock:
+            if self.process != os.getpid():
+                self.process, self.handles = os.getpid(), {}  # the parent's are closed here, not there
+            if file not in self.handles:
+                self.handles[file] = self.opens(file)
+            return self.handles[file]
+
+    def __reduce__(self):
+        return PerProcess, (self.opens,)
+
+
+@contextlib.contextmanager
+def reading(where, error_type=UserError):
+    """Turn what a damaged file leads to in the block into one line that names it.
+
+    The block should be little more than a call of a library's reader: damaged bytes may make it raise anything.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, (ValueError, OSError)) else repr(error)
+        reason = getattr(error, "strerror", None) or reason or type(error).__name__
+        if "allow_pickle" in reason or "weights_only" in reason:  # the libraries' advice would run whatever the file says
+            reason = "it does not hold plain numbers"
+        raise error_type(f"{where} cannot be read: {reason}; get or make it anew") from error
 
 
 def read_npy(data, where):
     """The array in the bytes of a .npy file. Raises UserError if they are cut short or hold Python objects."""
-    try:
+    with reading(where):
         return np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, SyntaxError):
-        raise UserError(f"{where}: {len(data)} bytes are not a whole .npy array of numbers") from None
 
 
-def check_not_cut(file, wanted, sample):
-    """Raise UserError if a mapped file is gone or has fewer than `wanted` bytes by now.
+def read_label(data, where):
+    """The class index in the bytes of a number in ascii, a .npy file, or JSON with a key `label` or `cls`."""
+    text, label = bytes(data[:40]).strip(), None
+    if data[:6] == NPY_MAGIC:
+        array = read_npy(data, where)
+        label = array.item() if array.size == 1 else array.tolist()
+    elif text.startswith(b"{"):
+        with reading(where):
+            content = json.loads(data)
+        label = content.get("label", content.get("cls"))
+    elif text.removeprefix(b"-").isdigit() and len(text) <= 18:
+        label = int(text)
+    if type(label) is not int:
+        raise UserError(f"{where} is {text if label is None else label!r}, wanted one whole number")
+    return label
 
-    Touching a mapped page beyond the end of a file kills the process (SIGBUS), so readers ask this first.
+
+def check_not_cut(file, wanted):
+    """Raise UserError if a file is gone or has fewer than `wanted` bytes.
+
+    Touching a mapped page beyond the end of a file kills the process (SIGBUS), so readers ask this before each batch.
     """
     try:
         found = os.stat(file).st_size
     except OSError as error:
-        raise UserError(f"{file}: sample {sample} cannot be read ({error.strerror}); is the disk still there?") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}; restore it or make the set again") from error
     if found < wanted:
-        raise UserError(f"{file}: sample {sample} cannot be read, the file was cut to {found} bytes since it was opened, "
-                        f"it should have {wanted}; restore it or make the set again")
+        raise UserError(f"{file} is cut short: {found} bytes, wanted {wanted}; restore it or make the set again")
 
 
 def open_npz(path):
     """np.load of an .npz file that never unpickles. Raises UserError if the file is missing or damaged."""
-    try:
+    with reading(path):
         file = np.load(path, allow_pickle=False)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except NPZ_DAMAGE:  # numpy's own texts advise allow_pickle=True, which would run whatever the file says
-        raise UserError(f"{path}: not a readable .npz; is it cut short or a file of another kind?") from None
     if not isinstance(file, np.lib.npyio.NpzFile):
         raise UserError(f"{path}: a single array, wanted an .npz; save it with np.savez(path, arr_0=images)")
     return file
@@ -204,34 +233,22 @@ def read_npz(path, file, key):
     """One array of an open .npz. Raises UserError if it is missing, damaged or holds Python objects."""
     if key not in file:
         raise UserError(f"{path}: no array {key}; found {', '.join(file.files) or 'none'}")
-    try:
+    with reading(f"{path}: {key}"):
         return file[key]
-    except NPZ_DAMAGE:
-        raise UserError(f"{path}: {key} is damaged or not a plain array of numbers (Python objects are not read); "
-                        f"get or make the file anew") from None
 
 
 def map_npz(path, file, key):
     """An array of an open .npz: as a memory map if it is stored without compression (np.savez), else read as a whole."""
-    place = _plain_place(path, file, key) if key in file else None
-    return read_npz(path, file, key) if place is None else np.memmap(path, mode="r", **place)
-
-
-def _plain_place(path, file, key):
-    """Where the numbers of an array lie in the file: arguments for np.memmap. None if they are compressed or in Fortran's order."""
-    try:
-        info = file.zip.getinfo(f"{key}.npy")
-        with file.zip.open(info) as entry:
-            version = np.lib.format.read_magic(entry)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            (shape, fortran_order, dtype), start = read_header(entry), entry.tell()
-        if info.compress_type != zipfile.ZIP_STORED or fortran_order or dtype.hasobject:
-            return None
-        if start + math.prod(shape) * dtype.itemsize != info.file_size:
-            raise ValueError("shape and size do not fit")
-        with open(path, "rb") as stream:
-            stream.seek(info.header_offset + 26)  # of the entry's own header: the lengths of its name and of its extra field
-            lengths = struct.unpack("<HH", stream.read(4))
-    except (*NPZ_DAMAGE, KeyError, struct.error):
-        raise UserError(f"{path}: {key} is damaged; get or make the file anew") from None
-    return {"dtype": dtype, "shape": shape, "offset": info.header_offset + 30 + sum(lengths) + start}
+    if key in file:
+        with reading(f"{path}: {key}"):
+            info = file.zip.getinfo(f"{key}.npy")
+            with file.zip.open(info) as entry:
+                start = file.zip.fp.tell()  # opening has read the entry's own header: its content begins here
+                version = np.lib.format.read_magic(entry)
+                read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                (shape, fortran_order, dtype), header_size = read_header(entry), entry.tell()
+            if info.compress_type == zipfile.ZIP_STORED and not fortran_order and not dtype.hasobject:
+                if header_size + math.prod(shape) * dtype.itemsize != info.file_size:
+                    raise ValueError("shape and size do not fit")
+                return np.memmap(path, dtype, "r", start + header_size, shape)
+    return read_npz(path, file, key)

@@ -16,13 +16,12 @@ Where a format does not say which of the two it holds, 8 channels are moments of
 
 import math
 import os
-import threading
 from pathlib import Path
 
 import numpy as np
 
-from dataset.base import (MOMENTS_CHANNELS, FormatSet, LatentSet, check_not_cut, one_integer, open_npz, per_channel, read_npy, read_npz,
-                          whole_number)
+from dataset.base import (MOMENTS_CHANNELS, LatentSet, PerProcess, check_not_cut, open_npz, per_channel, read_label, read_npy, read_npz,
+                          reading)
 from dataset.store import MANIFEST, PARTIAL, StoredLatents
 from dataset.webdataset import WebDatasetLatents
 from utils.cli import UserError
@@ -75,6 +74,15 @@ def find_latents(path):
                     f"*.safetensors, *_features with *_labels, or class folders of .npz; extract_latent.py makes them of images")
 
 
+def _open_lmdb(file):
+    import lmdb
+    with reading(file):
+        return lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
+
+
+_environment = PerProcess(_open_lmdb)  # for all sets: LMDB lets a process open a file only once
+
+
 class LMDBLatents(LatentSet):
     """MaskDiT's LMDB: `z-{i}` float32 moments [8, H, W], `y-{i}` ascii class, `length` ascii count of images.
 
@@ -85,11 +93,9 @@ class LMDBLatents(LatentSet):
         self.file, self.name = file, str(file)
         environment = _environment(file)
         self.num_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        found = file.stat().st_size
-        if found < self.num_bytes:  # reading past the end would kill the process (SIGBUS)
-            raise UserError(f"{file} is cut short: {found} bytes, its page table wants {self.num_bytes}; fetch it again")
+        check_not_cut(file, self.num_bytes)
         with environment.begin(buffers=True) as transaction:
-            self.num_images = whole_number(self._value(transaction, "length"), f"{file}: length")
+            self.num_images = read_label(self._value(transaction, "length"), f"{file}: length")
             if self.num_images < 1:
                 raise UserError(f"{file}: length says {self.num_images} images")
             size = math.isqrt(len(self._value(transaction, "z-0")) // (4 * MOMENTS_CHANNELS))
@@ -105,8 +111,7 @@ class LMDBLatents(LatentSet):
 
     def _read_samples(self, indices, out):
         wanted = 4 * math.prod(self.sample_shape)
-        if len(indices):
-            check_not_cut(self.file, self.num_bytes, int(indices[0]))
+        check_not_cut(self.file, self.num_bytes)
         with _environment(self.file).begin(buffers=True) as transaction:
             for row, index in zip(out.reshape(len(out), -1), indices.tolist()):
                 value = self._value(transaction, f"z-{index}")
@@ -114,33 +119,19 @@ class LMDBLatents(LatentSet):
                     raise UserError(f"{self.file}: z-{index} has {len(value)} bytes, wanted {wanted} (float32 {self.sample_shape})")
                 row[:] = np.frombuffer(value, np.float32)
 
-    def _read_labels(self, image_indices):
+    def _read_labels(self, images):
         with _environment(self.file).begin(buffers=True) as transaction:
-            return np.array([whole_number(self._value(transaction, f"y-{image}"), f"{self.file}: y-{image}")
-                             for image in image_indices.tolist()], np.int64)
+            return np.array([read_label(self._value(transaction, f"y-{image}"), f"{self.file}: y-{image}")
+                             for image in images.tolist()], np.int64)
 
 
-_environments = {}  # file -> (process id, open LMDB environment); LMDB lets a process open a file only once
-_environments_lock = threading.Lock()
+def _open_safetensors(file):
+    from safetensors import safe_open
+    with reading(file):
+        return safe_open(file, framework="pt")
 
 
-def _environment(file):
-    """This process's LMDB environment of `file`, opened at the first call, and anew after a fork."""
-    import lmdb
-    with _environments_lock:
-        process, environment = _environments.get(file, (None, None))
-        if process != os.getpid():
-            if environment is not None:
-                environment.close()  # the parent's: unmaps only here
-            try:
-                environment = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
-            except lmdb.Error as error:
-                raise UserError(f"{file} is not a readable LMDB file ({error}); fetch it again") from error
-            _environments[file] = (os.getpid(), environment)
-        return environment
-
-
-class SafetensorsLatents(FormatSet):
+class SafetensorsLatents(LatentSet):
     """LightningDiT's shards: tensors `latents` (n, C, H, W), `latents_flip` the same, `labels` (n,), in each file.
 
     float32, float16 and bfloat16 (read as float32) are understood. LightningDiT stores latents before any scaling, and their
@@ -149,68 +140,40 @@ class SafetensorsLatents(FormatSet):
     supposes). Else the scale is 0.18215 unless the user gives another.
     """
 
-    DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.float32}
-
     def __init__(self, files):
         self.files, self.name = files, str(files[0].parent if len(files) > 1 else files[0])
-        self._handles, self._sizes = {}, [file.stat().st_size for file in files]
-        labels_of = [self._labels_of(shard) for shard in range(len(files))]
-        counts = [len(labels) for labels in labels_of]
-        self._ends = np.cumsum(counts)
-        self._starts = self._ends - counts
-        self.labels = np.concatenate(labels_of).astype(np.int64)
+        self._handle, self._sizes = PerProcess(_open_safetensors), [file.stat().st_size for file in files]
+        labels = [self._labels_of(file) for file in files]
+        self._ends = np.cumsum([len(part) for part in labels])
+        self._starts = self._ends - [len(part) for part in labels]
+        self.labels = np.concatenate(labels).astype(np.int64)
         self.num_images = len(self.labels)
-        first = self._slice(0, "latents")
-        self._set_shape(first.get_shape()[1:], f"{files[0]}: latents", self.DTYPES[first.get_dtype()])
-        self.holds_mirrored = all("latents_flip" in self._handle(shard).keys() for shard in range(len(files)))
+        self.holds_mirrored = all("latents_flip" in self._handle(file).keys() for file in files)
+        self._look_at_first()
         self._read_statistics(files[0].with_name("latents_stats.pt"))
 
-    def __getstate__(self):
-        return {**self.__dict__, "_handles": {}}
-
-    def _handle(self, shard):
-        if shard not in self._handles:
-            from safetensors import SafetensorError, safe_open
-            try:
-                self._handles[shard] = safe_open(self.files[shard], framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{self.files[shard]} is cut short or not safetensors ({error}); fetch it again") from error
-        return self._handles[shard]
-
-    def _slice(self, shard, key):
-        return self._handle(shard).get_slice(key)
-
-    def _labels_of(self, shard):
-        """The labels of a shard. Raises UserError if its tensors do not fit one another and those of the first shard."""
-        file, found = self.files[shard], {key: self._slice(shard, key) for key in self._handle(shard).keys()}
+    def _labels_of(self, file):
+        """The labels of a shard. Raises UserError if its tensors do not fit one another."""
+        handle = self._handle(file)
+        shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}
         for key in ("latents", "labels"):
-            if key not in found:
-                raise UserError(f"{file}: no tensor {key}; found {', '.join(sorted(found)) or 'none'}")
-        counts = found["labels"].get_shape()
-        first = self._slice(0, "latents")
-        for key in ("latents", "latents_flip"):
-            if key not in found:
-                continue
-            shape, dtype = found[key].get_shape(), found[key].get_dtype()
-            if shape != counts[:1] + first.get_shape()[1:] or len(counts) != 1:
-                raise UserError(f"{file}: {key} of shape {shape} for labels of shape {counts}; the first file has {first.get_shape()}")
-            if dtype not in self.DTYPES or dtype != first.get_dtype():
-                raise UserError(f"{file}: {key} is {dtype}, wanted one of {', '.join(self.DTYPES)}, the same in all files")
-        labels = self._handle(shard).get_tensor("labels")
+            if key not in shapes:
+                raise UserError(f"{file}: no tensor {key}; found {', '.join(sorted(shapes)) or 'none'}")
+        for key in shapes.keys() & {"latents", "latents_flip"}:
+            if shapes[key][:1] != shapes["labels"]:
+                raise UserError(f"{file}: {key} of shape {shapes[key]} for labels of shape {shapes['labels']}")
+        labels = handle.get_tensor("labels")
         if labels.is_floating_point():
-            raise UserError(f"{file}: labels are {found['labels'].get_dtype()}, wanted whole numbers")
+            raise UserError(f"{file}: labels are {labels.dtype}, wanted whole numbers")
         return labels.numpy()
 
     def _read_statistics(self, file):
         if not file.is_file():
             return
         import torch
-        try:
+        with reading(file):
             found = torch.load(file, map_location="cpu", weights_only=True)
             mean, std = (found[key].double().flatten().tolist() for key in ("mean", "std"))
-        except Exception as error:  # whatever unpickling a damaged file leads to
-            raise UserError(f"{file} is damaged or holds no mean and std ({type(error).__name__}); "
-                            f"fetch it again or move it away") from error
         if min(std, default=0) > 0:
             std = [LATENT_STD / value for value in std]
         self.says_scale = True
@@ -218,49 +181,41 @@ class SafetensorsLatents(FormatSet):
                                   for name, value in (("scale", std), ("shift", mean)))
 
     def _array(self, image, mirrored):
+        import torch
         shard = int(np.searchsorted(self._ends, image, side="right"))
         key, file = "latents_flip" if mirrored else "latents", self.files[shard]
-        check_not_cut(file, self._sizes[shard], image)
-        tensor = self._slice(shard, key)[image - int(self._starts[shard])]
-        return (tensor if self.dtype == np.float16 else tensor.float()).numpy(), f"{file}: {key}"
-
-    def _read_labels(self, image_indices):
-        return self.labels[image_indices]
+        check_not_cut(file, self._sizes[shard])
+        tensor = self._handle(file).get_slice(key)[image - int(self._starts[shard])]
+        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), f"{file}: {key}"
 
 
-class FeatureFolderLatents(FormatSet):
+class FeatureFolderLatents(LatentSet):
     """fast-DiT's folders: `*_features/NAME.npy` (1, 4, H, W) and `*_labels/NAME.npy` (1,), by the numbers in the names.
 
     Its latents are already multiplied by 0.18215, so scale is 1 here.
     """
 
     def __init__(self, features, labels):
-        self.name = str(features)
-        self.features = {file.name: file for file in _sorted_files(features, ".npy")}
-        self.labels = {file.name: file for file in _sorted_files(labels, ".npy")}
-        alone = sorted(self.features.keys() ^ self.labels.keys())
-        if alone:
-            raise UserError(f"{features} and {labels}: {len(alone)} names are in only one of them, first {alone[0]}")
-        if not self.features:
-            raise UserError(f"{features}: no .npy files")
-        self.names = list(self.features)
-        self.num_images = len(self.names)
-        first, where = self._array(0, False)
-        self._set_shape(first.shape, where, first.dtype)
+        self.name, self.files, self.label_files = str(features), _sorted_files(features, ".npy"), _sorted_files(labels, ".npy")
+        self.num_images = len(self.files)
+        alone = {file.name for file in self.files} ^ {file.name for file in self.label_files}
+        if alone or not self.files:
+            raise UserError(f"{features} and {labels} hold {len(self.files)} and {len(self.label_files)} .npy files, {len(alone)} of them "
+                            f"in only one folder, first {min(alone, default='none')}; wanted the same names in both")
+        self._look_at_first()
         if self.holds_latents:
             self.scale = 1.0
 
     def _array(self, image, mirrored):
-        file = self.features[self.names[image]]
-        array = read_npy(file.read_bytes(), file)
-        return array[0] if array.ndim == 4 and array.shape[0] == 1 else array, file
+        array = read_npy(self.files[image].read_bytes(), self.files[image])
+        return array[0] if array.ndim == 4 and array.shape[0] == 1 else array, self.files[image]
 
-    def _read_labels(self, image_indices):
-        files = [self.labels[self.names[image]] for image in image_indices.tolist()]
-        return np.array([one_integer(read_npy(file.read_bytes(), file), file) for file in files], np.int64)
+    def _read_labels(self, images):
+        files = [self.label_files[image] for image in images.tolist()]
+        return np.array([read_label(file.read_bytes(), file) for file in files], np.int64)
 
 
-class ClassFolderLatents(FormatSet):
+class ClassFolderLatents(LatentSet):
     """MAR's folders: CLASS/NAME.npz with `moments` and `moments_flip` (2C, H, W), whatever C; classes are the sorted folders.
 
     The scale is Stable Diffusion's 0.18215 for a 4-channel VAE and 0.2325, MAR's own, for any other.
@@ -269,26 +224,21 @@ class ClassFolderLatents(FormatSet):
     always_moments = True
 
     def __init__(self, path, folders):
-        self.name = str(path)
-        self.class_names, self.num_classes = [folder.name for folder in folders], len(folders)
+        self.name, self.class_names, self.num_classes = str(path), [folder.name for folder in folders], len(folders)
         files_of = [_sorted_files(folder, ".npz") for folder in folders]
         self.files = [file for files in files_of for file in files]
         self.labels = np.repeat(np.arange(len(folders)), [len(files) for files in files_of])
         self.num_images = len(self.files)
         with open_npz(self.files[0]) as members:
             self.holds_mirrored = "moments_flip" in members
-        first, where = self._array(0, False)
-        self._set_shape(first.shape, where, first.dtype)
-        if first.shape[0] != MOMENTS_CHANNELS:
+        self._look_at_first()
+        if self.sample_shape[0] != MOMENTS_CHANNELS:
             self.scale = 0.2325
 
     def _array(self, image, mirrored):
         file, key = self.files[image], "moments_flip" if mirrored else "moments"
         with open_npz(file) as members:
             return read_npz(file, members, key), f"{file}: {key}"
-
-    def _read_labels(self, image_indices):
-        return self.labels[image_indices]
 
 
 def _sorted_files(folder, suffix=""):

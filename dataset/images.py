@@ -9,16 +9,13 @@ import hashlib
 import io
 import json
 import os
-import struct
-import threading
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from dataset.base import SampleSet, map_npz, open_npz, read_npz
+from dataset.base import PerProcess, SampleSet, map_npz, open_npz, read_npz, reading
 from dataset.idx import read_idx_set
 from utils.cli import UserError
 
@@ -43,8 +40,7 @@ def read_picture(file, name):
         turn = TURNS.get(_orientation(image))
         image = image if turn is None else image.transpose(turn)
         if image.mode.startswith(("I", "F")):
-            grey = _eight_bits(np.asarray(image), name)
-            return np.stack([grey, grey, grey], axis=2)
+            return np.stack([_eight_bits(np.asarray(image))] * 3, axis=2)
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return np.array(image.convert("RGB"))
@@ -66,23 +62,21 @@ def _orientation(image):
 
 @contextlib.contextmanager
 def _decoder(file, name):
-    """The picture opened with Pillow. What Pillow raises for damaged files becomes a CorruptImage."""
-    try:
-        with Image.open(file) as image:
+    """The picture opened with Pillow."""
+    with reading(name, CorruptImage):
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:  # its text holds an object's address
+            raise ValueError("cut short or no image") from None
+        with image:
             yield image
-    except UserError:
-        raise
-    except UnidentifiedImageError:
-        raise CorruptImage(f"{name} cannot be read: cut short or no image") from None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise CorruptImage(f"{name} cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _eight_bits(values, name):
+def _eight_bits(values):
     """Grey values (H, W), 16-bit integers or floats in 0..1, as uint8."""
     top = 1 if values.dtype.kind == "f" else 65535
     if not (values.min() >= 0 and values.max() <= top):  # also refuses NaN
-        raise CorruptImage(f"{name} cannot be read: {values.dtype} values from {values.min()} to {values.max()}, wanted 0 to {top}")
+        raise ValueError(f"{values.dtype} values from {values.min()} to {values.max()}, wanted 0 to {top}")
     return (values * 255 + 0.5).astype(np.uint8) if top == 1 else (values >> 8).astype(np.uint8)
 
 
@@ -109,17 +103,16 @@ class ImageSet(SampleSet):
     """
 
     dtype = np.dtype(np.uint8)
-    num_classes = 0
 
-    def __init__(self, path, resolution, labels, xflip=False, names=(), class_names=()):
+    def __init__(self, path, resolution, xflip, labels, num_classes=0, class_names=(), names=()):
         if resolution is not None and resolution < 1:
             raise UserError(f"resolution={resolution} must be at least 1")
-        self.path, self.name, self.resolution = Path(path), str(path), resolution
-        self.labels, self.num_images, self.mirrored = labels, len(labels), xflip
+        if not len(labels):
+            raise UserError(f"{path}: no images; wanted files ending in {', '.join(SUFFIXES)}")
+        self.path, self.name, self.resolution, self.mirrored = Path(path), str(path), resolution, xflip
+        self.labels, self.num_images, self.num_classes = labels, len(labels), num_classes
         self.names, self.class_names = names, list(class_names)
         self.sample_shape = None if resolution is None else (3, resolution, resolution)
-        if not self.num_images:
-            raise UserError(f"{path}: no images; wanted files ending in {', '.join(SUFFIXES)}")
 
     def picture(self, index):
         """Image `index` at its own size as (H, W, 3) uint8, not mirrored. Raises CorruptImage."""
@@ -142,78 +135,67 @@ class ImageSet(SampleSet):
             mirrored, index = divmod(index, self.num_images)
             row[:] = self.image(index)[:, :, ::-1] if mirrored else self.image(index)
 
-    def _read_labels(self, image_indices):
-        return self.labels[image_indices]
 
-
-class ImageFiles(ImageSet):
-    """Encoded images (JPEG, PNG, ...) by their names below a folder or in a zip; `_open` gives the file.
+class FolderImages(ImageSet):
+    """Encoded images (JPEG, PNG, ...) in class folders, or all in one folder.
 
     Without a resolution folders may lie any deep and say nothing about classes: such images are there to be measured.
     """
 
-    def __init__(self, path, names, dataset_json, resolution, xflip=False):
-        names = sorted(name for name in names if _is_image(PurePosixPath(name)))
-        labels, num_classes, class_names = np.zeros(len(names), np.int64), 0, []
+    def __init__(self, path, resolution, xflip=False):
+        self.path = Path(path)
+        found = self._list()
+        names = sorted(filter(_is_image, found))
+        labels = (np.zeros(len(names), np.int64), 0, [])
         if resolution is not None:
-            labels, num_classes, class_names = _labels_of(path, names, dataset_json)
-        super().__init__(path, resolution, labels, xflip, names, class_names)
-        self.num_classes = num_classes
+            listed = _listed_labels(path, self._content("dataset.json"), names) if "dataset.json" in found else None
+            labels = listed or _labels_by_folder(path, names)
+        super().__init__(path, resolution, xflip, *labels, names)
 
     def picture(self, index):
-        return read_picture(self._open(self.names[index]), f"{self.path}: {self.names[index]}")
+        return read_picture(*self._file(index))
 
     def size(self, index):
-        return picture_size(self._open(self.names[index]), f"{self.path}: {self.names[index]}")
+        return picture_size(*self._file(index))
 
-    def _open(self, name):
-        raise NotImplementedError
+    def _file(self, index):
+        """A binary stream of an image, and what messages call it."""
+        return io.BytesIO(self._content(self.names[index])), f"{self.path}: {self.names[index]}"
+
+    def _list(self):
+        """Names of all files below the folder, with forward slashes; links are followed."""
+        def refuse(error):
+            raise UserError(f"{error.filename} cannot be read ({error.strerror}); remove or mend it")
+
+        names = []
+        for folder, folders, files in os.walk(self.path, onerror=refuse, followlinks=True):
+            below = Path(folder).relative_to(self.path)
+            for name in folders:
+                if os.path.islink(f"{folder}/{name}") and Path(folder).resolve().is_relative_to(Path(folder, name).resolve()):
+                    raise UserError(f"{self.path}: {below / name} is a link to a folder that it lies in; remove it")
+            names += [(below / name).as_posix() for name in files]
+        return names
+
+    def _content(self, name):
+        """The bytes of a file of the set."""
+        with reading(f"{self.path}: {name}", CorruptImage):
+            return (self.path / name).read_bytes()
 
 
-class FolderImages(ImageFiles):
-    """Images in class folders, or all in one folder."""
-
-    def __init__(self, path, resolution, xflip=False):
-        json_file = Path(path) / "dataset.json"
-        super().__init__(path, _walk(path), json_file.read_bytes() if json_file.is_file() else None, resolution, xflip)
-
-    def _open(self, name):
-        return self.path / name
-
-
-class ZipImages(ImageFiles):
+class ZipImages(FolderImages):
     """The same layouts inside a zip file."""
 
     def __init__(self, path, resolution, xflip=False):
-        self.path, self._opened, self._lock = Path(path), (None, None), threading.Lock()
-        try:
-            names = self._archive().namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise UserError(f"{path} is cut short or not a zip ({error}); fetch it again") from error
-        dataset_json = self._open("dataset.json").read() if "dataset.json" in names else None
-        super().__init__(path, names, dataset_json, resolution, xflip)
+        self.archive = PerProcess(zipfile.ZipFile)
+        super().__init__(path, resolution, xflip)
 
-    def __getstate__(self):
-        return {**self.__dict__, "_opened": (None, None), "_lock": None}
+    def _list(self):
+        with reading(self.path):
+            return self.archive(self.path).namelist()
 
-    def __setstate__(self, state):
-        self.__dict__.update(state, _lock=threading.Lock())
-
-    def _open(self, name):
-        try:
-            return io.BytesIO(self._archive().read(name))
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, NotImplementedError, RuntimeError) as error:
-            # RuntimeError: encrypted. NotImplementedError: a compression that Python lacks.
-            raise CorruptImage(f"{self.path}: {name} cannot be read: {error or 'damaged in the zip'}") from error
-
-    def _archive(self):
-        """This process's own handle: a forked child must not share the parent's file position."""
-        with self._lock:
-            process, archive = self._opened
-            if process != os.getpid():
-                archive = zipfile.ZipFile(self.path)
-                self._opened = (os.getpid(), archive)
-            return archive
+    def _content(self, name):
+        with reading(f"{self.path}: {name}", CorruptImage):
+            return self.archive(self.path).read(name)
 
 
 class ArrayImages(ImageSet):
@@ -229,10 +211,10 @@ class ArrayImages(ImageSet):
                             f"for values in [-1, 1] floor((x + 1) * 127.5)")
         if labels is not None and (labels.shape != array.shape[:1] or labels.dtype.kind not in "iu"):
             raise UserError(f"{path}: labels are {labels.dtype} of shape {labels.shape}, wanted integers {array.shape[:1]}")
-        wanted = np.zeros(len(array), np.int64) if labels is None else labels.astype(np.int64)
-        super().__init__(path, resolution, wanted, xflip, class_names=class_names)
+        num_classes = 0 if labels is None else max(int(labels.max(initial=0)) + 1, len(class_names))
+        labels = np.zeros(len(array), np.int64) if labels is None else labels.astype(np.int64)
+        super().__init__(path, resolution, xflip, labels, num_classes, class_names)
         self.array, self.pad = array, pad
-        self.num_classes = 0 if labels is None else max(int(labels.max()) + 1, len(class_names))
 
     def picture(self, index):
         image = np.asarray(self.array[index])
@@ -289,57 +271,33 @@ def _open_npz(path, resolution, xflip):
 
 
 def _is_image(name):
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)  # also what Finder adds to zips
-    return name.suffix.lower() in SUFFIXES and not hidden
+    hidden = any(part.startswith((".", "__MACOSX")) for part in name.split("/"))  # also what Finder adds to zips
+    return not hidden and PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
-def _walk(root, below="", above=()):
-    """Names of all files below `root`, with forward slashes; links are followed. above: the folders around, to see a loop."""
-    folder = os.path.realpath(Path(root, below))
-    if folder in above:
-        raise UserError(f"{root}: {below} is a link to a folder that it lies in; remove it")
-    try:
-        with os.scandir(folder) as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries)
-    except OSError as error:
-        raise UserError(f"{error.filename or folder} cannot be read ({error.strerror}); remove or mend it") from error
-    for name, is_folder in found:
-        if is_folder:
-            yield from _walk(root, f"{below}{name}/", (*above, folder))
-        else:
-            yield f"{below}{name}"
-
-
-def _labels_of(path, names, dataset_json):
-    """Labels (N,) int64, number of classes and class names, from `dataset_json` (bytes or None) or the folders in the names."""
-    if dataset_json is not None:
-        listed = _listed_labels(path, dataset_json)
-        if listed is not None:
-            missing = next((name for name in names if name not in listed), None)
-            if missing is not None:
-                raise UserError(f"{path}: dataset.json has no label for {missing}")
-            labels = np.array([listed[name] for name in names], np.int64)
-            return labels, int(labels.max(initial=-1)) + 1, []
+def _labels_by_folder(path, names):
+    """Labels (N,) int64, number of classes and class names, as the folders in the names say."""
     folders = [name.rpartition("/")[0] for name in names]
+    classes, index = np.unique(folders, return_inverse=True) if names else ([""], [])
+    classes = [str(folder) for folder in classes]
     deep = next((name for name, folder in zip(names, folders) if "/" in folder), None)
     if deep is not None:
-        raise UserError(f"{path}: {deep} lies two folders deep, wanted CLASS/IMAGE; "
-                        f"give the folder that holds the class folders")
-    classes = sorted(set(folders))
-    if "" in classes and len(classes) > 1:
-        loose = names[folders.index("")]
-        raise UserError(f"{path}: {loose} lies beside class folders ({classes[1]}, ...); "
+        raise UserError(f"{path}: {deep} lies two folders deep, wanted CLASS/IMAGE; give the folder that holds the class folders")
+    if classes[0] == "" and len(classes) > 1:
+        raise UserError(f"{path}: {names[folders.index('')]} lies beside class folders ({classes[1]}, ...); "
                         f"wanted all images in class folders or none")
-    if classes in ([], [""]):
-        return np.zeros(len(names), np.int64), 0, []
-    index = {name: label for label, name in enumerate(classes)}
-    return np.array([index[folder] for folder in folders], np.int64), len(classes), classes
+    return np.array(index, np.int64), *((0, []) if classes == [""] else (len(classes), classes))
 
 
-def _listed_labels(path, dataset_json):
-    """{name: class index} of a dataset.json, or None if it lists no labels."""
-    try:
-        labels = json.loads(dataset_json)["labels"]
-        return None if labels is None else {name: int(label) for name, label in labels}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: dataset.json is not {{'labels': [[name, class], ...]}} ({error!r})") from error
+def _listed_labels(path, dataset_json, names):
+    """The same as the bytes of a dataset.json say, or None if it lists no labels."""
+    with reading(f"{path}: dataset.json (wanted {{'labels': [[name, class], ...]}})"):
+        listed = json.loads(dataset_json)["labels"]
+        if listed is None:
+            return None
+        listed = {name: int(label) for name, label in listed}
+    missing = next((name for name in names if name not in listed), None)
+    if missing is not None:
+        raise UserError(f"{path}: dataset.json has no label for {missing}")
+    labels = np.array([listed[name] for name in names], np.int64)
+    return labels, int(labels.max(initial=-1)) + 1, []

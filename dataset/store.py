@@ -240,7 +240,7 @@ class StoredLatents(LatentSet):
         """Shard number `file` of the moments, or of the mirrored moments from num_shards on. index: a sample in it, for messages."""
         kind, shard = divmod(file, len(self._ends))
         name = f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
-        check_not_cut(f"{self.path}/{name}", self.manifest["shards"][shard]["files"][name]["bytes"], index)
+        check_not_cut(f"{self.path}/{name}", self.manifest["shards"][shard]["files"][name]["bytes"])
         if name not in self._maps:
             shape = (self.manifest["shards"][shard]["count"], *self.sample_shape)
             self._maps[name] = _mapped(self.path / name, shape, self.dtype)

@@ -2,19 +2,16 @@
 
 import contextlib
 import io
-import json
 import pickle
 import tarfile
-import zipfile
 
 import numpy as np
 
-from dataset.base import FormatSet, check_not_cut, one_integer, read_npy, whole_number
+from dataset.base import NPY_MAGIC, LatentSet, check_not_cut, read_label, read_npy, reading
 from utils.cli import UserError
 from utils.files import write_whole
 from utils.logging import say
 
-NPY_MAGIC = b"\x93NUMPY"
 INDEX_FILE = ".tar-offsets.npz"
 PICKLE_NAMES = {  # all that a pickled array needs, as numpy 1 and 2 call it
     **{(f"numpy.{core}.multiarray", "_reconstruct"): np.zeros(0).__reduce_ex__(4)[0] for core in ("core", "_core")},
@@ -25,7 +22,7 @@ PICKLE_NAMES = {  # all that a pickled array needs, as numpy 1 and 2 call it
 }
 
 
-class WebDatasetLatents(FormatSet):
+class WebDatasetLatents(LatentSet):
     """WebDataset tar shards. Members of a sample share the name up to the first dot; what follows it tells what they are.
 
     Moments or latents: `latent`, `latents`, `moments`, each also with `.npy`, or `npy`. The content is a .npy file or, as the
@@ -45,9 +42,8 @@ class WebDatasetLatents(FormatSet):
         self.num_images = len(self.index)
         if not self.num_images:
             raise UserError(f"{self.name}: no sample in {len(files)} tar files")
-        first, where = self._array(0, False)
-        self._set_shape(first.shape, where, first.dtype)
-        self.holds_mirrored = bool((self.index[:, 4] > 0).all())
+        self.labels, self.holds_mirrored = self.index[:, 5], bool((self.index[:, 4] > 0).all())
+        self._look_at_first()
 
     def _load_index(self):
         """(N, 6) int64: file, offset and size of the moments, of the mirrored moments (0: none), label.
@@ -55,12 +51,11 @@ class WebDatasetLatents(FormatSet):
         A hidden file beside the shards keeps it, since tarfile takes a minute for a million samples.
         """
         stats = [(file.name, file.stat()) for file in self.files]
-        key = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        key = repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
         kept = self.files[0].with_name(INDEX_FILE)
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or of other shards
-            with np.load(kept, allow_pickle=False) as arrays:
-                if str(arrays["key"]) == key:
-                    return arrays["index"]
+        with contextlib.suppress(Exception), np.load(kept, allow_pickle=False) as arrays:  # none yet, or damaged
+            if str(arrays["key"]) == key:
+                return arrays["index"]
         say(f"{self.name}: looking through {len(self.files)} tar files; {INDEX_FILE} beside them keeps what is found")
         rows = [row for number, file in enumerate(self.files) for row in self._rows(number, file)]
         index = np.array(rows, np.int64).reshape(-1, 6)
@@ -71,19 +66,16 @@ class WebDatasetLatents(FormatSet):
     def _rows(self, number, file):
         """The rows of the index for one tar. Raises UserError if it is damaged or cut short."""
         samples = {}
-        try:
-            with tarfile.open(file, "r:") as tar:
-                for member in tar:
-                    if member.isreg():
-                        folder, slash, name = member.name.rpartition("/")
-                        key, _, kind = name.partition(".")
-                        samples.setdefault(folder + slash + key, {})[kind] = member
-                tar.fileobj.seek(tar.offset)
-                if tar.fileobj.read(512) != bytes(512):  # tarfile itself takes a cut or bad header for the end
-                    raise tarfile.ReadError(f"no end mark at byte {tar.offset}")
-                return [(number, *self._row(tar, key, members)) for key, members in samples.items()]
-        except (tarfile.TarError, OSError) as error:
-            raise UserError(f"{file} is cut short or not an uncompressed tar ({error}); fetch it again") from error
+        with reading(file), tarfile.open(file, "r:") as tar:
+            for member in tar:
+                if member.isreg():
+                    folder, slash, name = member.name.rpartition("/")
+                    key, _, kind = name.partition(".")
+                    samples.setdefault(folder + slash + key, {})[kind] = member
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(512) != bytes(512):  # tarfile itself takes a cut or bad header for the end
+                raise tarfile.ReadError(f"no end mark at byte {tar.offset}, it is cut short or no uncompressed tar")
+            return [(number, *self._row(tar, key, members)) for key, members in samples.items()]
 
     def _row(self, tar, key, members):
         found = {}
@@ -94,21 +86,18 @@ class WebDatasetLatents(FormatSet):
                                 f"wanted one of {', '.join(kinds)} with content")
         moments, mirrored, label = found.values()
         places = (moments.offset_data, moments.size, *((mirrored.offset_data, mirrored.size) if mirrored else (0, 0)))
-        return *places, _label(tar.extractfile(label).read(), f"{tar.name}: {label.name}")
+        return *places, read_label(tar.extractfile(label).read(), f"{tar.name}: {label.name}")
 
     def _array(self, image, mirrored):
         number, offset, size, *flip, _ = self.index[image].tolist()
         if mirrored:
             offset, size = flip
-        check_not_cut(self.files[number], offset + size, image)
+        check_not_cut(self.files[number], offset + size)
         with open(self.files[number], "rb") as file:
             file.seek(offset - 512)
             header, data = file.read(512), file.read(size)
         where = f"{self.files[number]}: {header[:100].rstrip(bytes(1)).decode(errors='replace')}"
         return (read_npy if data.startswith(NPY_MAGIC) else read_pickle)(data, where), where
-
-    def _read_labels(self, image_indices):
-        return self.index[image_indices, 5]
 
 
 class ArrayUnpickler(pickle.Unpickler):
@@ -122,25 +111,8 @@ class ArrayUnpickler(pickle.Unpickler):
 
 def read_pickle(data, where):
     """The array in the bytes of a pickled numpy array. Raises UserError for anything else."""
-    try:
+    with reading(f"{where}: {len(data)} bytes, neither a .npy file nor a pickled numpy array alone,"):
         array = ArrayUnpickler(io.BytesIO(data)).load()
-    except Exception as error:  # whatever damaged bytes lead to
-        raise UserError(f"{where}: {len(data)} bytes are neither a .npy file nor a pickled numpy array alone ({error})") from error
     if type(array) is not np.ndarray:
         raise UserError(f"{where}: a pickled {type(array).__name__}, wanted a numpy array")
     return array
-
-
-def _label(data, where):
-    if data.startswith(NPY_MAGIC):
-        return one_integer(read_npy(data, where), where)
-    if not data.startswith(b"{"):
-        return whole_number(data, where)
-    try:
-        content = json.loads(data)
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON ({error})") from error
-    label = content.get("label", content.get("cls"))
-    if type(label) is not int:
-        raise UserError(f"{where}: no whole number under label or cls")
-    return label

@@ -10,18 +10,17 @@ from dataset.idx import FASHION_MNIST_CLASSES, load_fashion_mnist, read_idx
 ASSETS = Path(__file__).parents[1] / "assets" / "fashion-mnist"
 
 
-def idx_bytes(array, code):
+def idx_bytes(array, code=0x08):
     return struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape) + array.tobytes()
 
 
-@pytest.mark.parametrize("code, stored", [(0x08, "u1"), (0x0B, ">i2"), (0x0D, ">f4")])
 @pytest.mark.parametrize("compress", [gzip.compress, bytes])
-def test_read_idx_returns_what_was_stored(tmp_path, code, stored, compress):
-    array = (np.arange(24) * 5).reshape(2, 3, 4).astype(stored)
+def test_read_idx_returns_what_was_stored(tmp_path, compress):
+    array = (np.arange(24, dtype=np.uint8) * 5).reshape(2, 3, 4)
     path = tmp_path / "file"
-    path.write_bytes(compress(idx_bytes(array, code)))
+    path.write_bytes(compress(idx_bytes(array)))
     read = read_idx(path)
-    assert read.dtype.isnative and read.dtype.kind == array.dtype.kind
+    assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, array)
 
 
@@ -31,12 +30,13 @@ def test_read_idx_returns_what_was_stored(tmp_path, code, stored, compress):
     (lambda data: data + b"x", "left over"),
     (lambda data: b"PK" + data[2:], "not an idx file"),
     (lambda data: b"", "not an idx file"),
-    (lambda data: gzip.compress(data)[:-9], "cut short or damaged"),
-    (lambda data: gzip.compress(data)[:-8] + b"12345678", "cut short or damaged"),
+    (lambda data: data[:2] + b"\x0d" + data[3:], "not an idx file of bytes"),
+    (lambda data: gzip.compress(data)[:-9], "cannot be read: "),
+    (lambda data: gzip.compress(data)[:-8] + b"12345678", "cannot be read: "),
 ])
 def test_damaged_files_are_refused_by_name(tmp_path, damage, message):
     path = tmp_path / "broken-idx3-ubyte"
-    path.write_bytes(damage(idx_bytes(np.ones((2, 3, 4), np.uint8), 0x08)))
+    path.write_bytes(damage(idx_bytes(np.ones((2, 3, 4), np.uint8))))
     with pytest.raises(ValueError, match=message) as error:
         read_idx(path)
     assert str(path) in str(error.value)
@@ -57,7 +57,7 @@ def test_missing_split_says_what_was_wanted(tmp_path):
 
 
 def test_labels_that_do_not_fit_the_images_are_refused(tmp_path):
-    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((3, 28, 28), np.uint8), 0x08))
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(2, np.uint8), 0x08))
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(np.zeros((3, 28, 28), np.uint8)))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(2, np.uint8)))
     with pytest.raises(ValueError, match="labels"):
         load_fashion_mnist(tmp_path, "test")

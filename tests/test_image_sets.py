@@ -124,7 +124,7 @@ def test_floats_from_0_to_1_are_scaled_and_others_refused():
     grey = np.array([[0, 0.5, 1, 0.25]], np.float32)
     assert picture(saved(Image.fromarray(grey), "TIFF"))[0, :, 0].tolist() == [0, 128, 255, 64]  # rounded
     for wrong in (1.5, -0.1, 200.0, np.nan):
-        with pytest.raises(CorruptImage, match="x cannot be read: float32 values from .*, wanted 0 to 1$"):
+        with pytest.raises(CorruptImage, match="x cannot be read: float32 values from .*, wanted 0 to 1; "):
             picture(saved(Image.fromarray(np.array([[0, wrong]], np.float32)), "TIFF"))
 
 
@@ -210,8 +210,8 @@ def test_dataset_json_without_labels_leaves_the_folders(write):
 
 @pytest.mark.parametrize("extra, message", [
     ({"dataset.json": b'{"labels": [["a/0.png", 1]]}'}, "dataset.json has no label for b/0.png"),
-    ({"dataset.json": b'{"labels": 5}'}, "dataset.json is not"),
-    ({"dataset.json": b'[]'}, "dataset.json is not"),
+    ({"dataset.json": b'{"labels": 5}'}, "dataset.json .wanted .* cannot be read"),
+    ({"dataset.json": b'[]'}, "dataset.json .wanted .* cannot be read"),
     ({"train/a/0.png": b""}, "train/a/0.png lies two folders deep"),
     ({"0.png": b""}, "0.png lies beside class folders"),
 ])
@@ -305,18 +305,18 @@ def test_links_in_a_loop_are_told_in_one_line(tmp_path):
     (folder / "b").symlink_to(folder / "a")
     assert open_images(folder, 8).names == ["a/0.png", "b/0.png"]  # a link elsewhere is followed
     (folder / "a" / "back").symlink_to(folder)
-    with pytest.raises(UserError, match="set: a/back/ is a link to a folder that it lies in; remove it"):
+    with pytest.raises(UserError, match="set: [ab]/back is a link to a folder that it lies in; remove it"):
         open_images(folder, 8)
     (folder / "a" / "back").unlink()
     (folder / "a" / "self.png").symlink_to(folder / "a" / "self.png")
-    with pytest.raises(UserError, match="a/self.png cannot be read .*symbolic links"):
-        open_images(folder, 8)
+    with pytest.raises(CorruptImage, match="a/self.png cannot be read: .*symbolic links"):
+        open_images(folder, 8).read([1])
 
 
 def test_zip_cut_short_is_told(tmp_path):
     path = write_zip(tmp_path / "set.zip", {"a.png": squares(1)[0]})
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="set.zip is cut short or not a zip"):
+    with pytest.raises(ValueError, match="set.zip cannot be read: .*not a zip"):
         open_images(path, 8)
 
 
@@ -398,7 +398,7 @@ def test_npz_images(tmp_path, key):
     ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "images are float32"),
     ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"images are uint8 of shape \(2, 3, 8, 8\), wanted"),
     ({"images": np.zeros((2, 8, 8, 3), np.uint8)}, "no array arr_0; found images"),
-    ({"arr_0": np.array([{}, {}])}, "arr_0 is damaged or not a plain array of numbers .Python objects are not read."),
+    ({"arr_0": np.array([{}, {}])}, "arr_0 cannot be read: it does not hold plain numbers"),
     ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8), "labels": np.zeros((2, 10), np.float32)}, "labels are float32"),
 ])
 def test_npz_problems_are_told(tmp_path, arrays, message):
@@ -434,7 +434,7 @@ def test_changed_bytes_in_npz_are_told_or_harmless(tmp_path, save):
 @pytest.mark.parametrize("content", [b"PK\3\4", pickle.dumps([1]), b"", b"hello"])
 def test_npz_that_is_none_is_told_without_advice_to_unpickle(tmp_path, content):
     (tmp_path / "set.npz").write_bytes(content)
-    with pytest.raises(UserError, match="set.npz: not a readable .npz") as caught:
+    with pytest.raises(UserError, match="set.npz cannot be read: ") as caught:
         open_images(tmp_path / "set.npz", 8)
     assert "allow_pickle" not in str(caught.value)
 
