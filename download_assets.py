@@ -1,7 +1,6 @@
 """Download published weights, latents, reference statistics and data.
 
     python3 download_assets.py --list
-    python3 download_assets.py --name vae --dest assets
     python3 download_assets.py --name maskdit-finetune0 imagenet256 --dest assets
 """
 
@@ -15,114 +14,86 @@ from utils.files import make_folder
 
 
 @dataclass(frozen=True)
-class File:
-    """One file; it is fetched from the address of its place followed by `name`."""
-    name: str
-    checksum: str = ""          # sha256 in hex digits, or the first of them, where known
-    unzip: bool = False         # extract it here, then delete it
-
-
-@dataclass(frozen=True)
 class Asset:
-    """Something to ask for by name."""
+    """Something to ask for by name. Archives (.zip) are extracted where they are, then deleted."""
     name: str
     about: str
-    places: dict[str, list[File]]  # {address: its files}, tried in this order
+    places: dict[str, dict[str, str]]  # {address: {file: its sha256, or first digits of it, or ""}}, tried in this order
     folder: str = ""            # below --dest
 
 
-def same_files(files, *places):
-    """Several places that offer the same files."""
-    return dict.fromkeys(places, files)
+def same_files(names, *addresses):
+    """Places that offer the same files."""
+    return dict.fromkeys(addresses, dict.fromkeys(names, ""))
 
 
 BUCKET = "https://maskdit-bucket.s3.us-west-2.amazonaws.com/"
 MIRROR = "https://slurm-ord.s3.amazonaws.com/"
 HUB = "https://huggingface.co/"
 HUB_MASKDIT = HUB + "hzzheng/MaskDiT/resolve/main/"
+CKPTS_256 = (BUCKET, MIRROR + "ckpts/256/", HUB_MASKDIT)
+CKPTS_512 = (MIRROR + "ckpts/512/", HUB_MASKDIT)
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 
-VAE_FOLDER = [File("config.json"), File("diffusion_pytorch_model.safetensors")]
-LATENT_LMDB = {BUCKET: [File("imagenet_256_latent_lmdb.zip", unzip=True)],
-               MIRROR + "datasets/imagenet_256_latent_lmdb/": [File("train/data.mdb"), File("train/lock.mdb")]}
-LATENT_SHARDS = [File(f"latent_imagenet_512_train-{shard:04d}.tar") for shard in range(128)]
-FASHION_MNIST = [
-    File("train-images-idx3-ubyte.gz", "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84"),
-    File("train-labels-idx1-ubyte.gz", "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845"),
-    File("t10k-images-idx3-ubyte.gz", "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073"),
-    File("t10k-labels-idx1-ubyte.gz", "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5"),
-]
+VAE_FOLDER = ["config.json", "diffusion_pytorch_model.safetensors"]
+LATENT_LMDB = {BUCKET: {"imagenet_256_latent_lmdb.zip": ""},
+               MIRROR + "datasets/imagenet_256_latent_lmdb/": {"train/data.mdb": "", "train/lock.mdb": ""}}
+LATENT_SHARDS = [f"latent_imagenet_512_train-{shard:04d}.tar" for shard in range(128)]
+FASHION_GITHUB = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
+FASHION_BUCKET = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_FILES = {
+    "train-images-idx3-ubyte.gz": "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+    "train-labels-idx1-ubyte.gz": "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+    "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+    "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
+}
 
 ASSETS = (
     Asset("vae", "Stable Diffusion VAE as published with MaskDiT (latent-diffusion naming)",
-          same_files([File("autoencoder_kl.pth")], BUCKET, MIRROR + "ckpts/")),
+          same_files(["autoencoder_kl.pth"], BUCKET, MIRROR + "ckpts/")),
     Asset("vae-hub", "Stable Diffusion VAE, EMA decoder (diffusers folder)",
           same_files(VAE_FOLDER, HUB + "stabilityai/sd-vae-ft-ema/resolve/main/"), folder="sd-vae-ft-ema"),
     Asset("vae-hub-mse", "the same with the smoother MSE decoder",
           same_files(VAE_FOLDER, HUB + "stabilityai/sd-vae-ft-mse/resolve/main/"), folder="sd-vae-ft-mse"),
     Asset("maskdit-finetune0", "DiT-XL/2 256px tuned for guidance (FID 2.28 at cfg 1.5)",
-          same_files([File("imagenet256-ckpt-best_with_guidance.pt")], BUCKET, MIRROR + "ckpts/256/", HUB_MASKDIT)),
+          same_files(["imagenet256-ckpt-best_with_guidance.pt"], *CKPTS_256)),
     Asset("maskdit-finetune1", "DiT-XL/2 256px tuned for sampling without guidance (FID 5.69)",
-          same_files([File("imagenet256-ckpt-best_without_guidance.pt")], BUCKET, MIRROR + "ckpts/256/", HUB_MASKDIT)),
-    Asset("maskdit-trained", "DiT-XL/2 256px after masked pre-training, before tuning",
-          same_files([File("2000000.pt")], BUCKET, MIRROR + "ckpts/256/", HUB_MASKDIT)),
-    Asset("maskdit512-guidance", "DiT-XL/2 512px tuned for guidance (FID 2.50 at cfg 1.5)",
-          same_files([File("1080000.pt")], MIRROR + "ckpts/512/", HUB_MASKDIT)),
+          same_files(["imagenet256-ckpt-best_without_guidance.pt"], *CKPTS_256)),
+    Asset("maskdit-trained", "DiT-XL/2 256px after masked pre-training, before tuning", same_files(["2000000.pt"], *CKPTS_256)),
+    Asset("maskdit512-guidance", "DiT-XL/2 512px tuned for guidance (FID 2.50 at cfg 1.5)", same_files(["1080000.pt"], *CKPTS_512)),
     Asset("maskdit512-conditional", "DiT-XL/2 512px tuned for sampling without guidance (FID 10.79)",
-          same_files([File("1050000.pt")], MIRROR + "ckpts/512/", HUB_MASKDIT)),
+          same_files(["1050000.pt"], *CKPTS_512)),
     Asset("imagenet-latent-data", "ImageNet 256px latents with mirrored images (LMDB)", LATENT_LMDB, folder="imagenet_256_latent_lmdb"),
     Asset("imagenet512-latent-wds", "ImageNet 512px latents (WebDataset shards)",
           same_files(LATENT_SHARDS, MIRROR + "datasets/imagenet-wds/"), folder="imagenet_512_latent_wds"),
-    Asset("imagenet64", "ADM reference batch for FID at 64px", same_files([File("VIRTUAL_imagenet64_labeled.npz")], ADM + "64/")),
-    Asset("imagenet128", "ADM reference batch at 128px", same_files([File("VIRTUAL_imagenet128_labeled.npz")], ADM + "128/")),
-    Asset("imagenet256", "ADM reference batch at 256px", same_files([File("VIRTUAL_imagenet256_labeled.npz")], ADM + "256/")),
-    Asset("imagenet512", "ADM reference batch at 512px", same_files([File("VIRTUAL_imagenet512.npz")], ADM + "512/")),
-    Asset("inception", "Inception weights for FID",
-          same_files([File("pt_inception-2015-12-05-6726825d.pth", checksum="6726825d")], INCEPTION)),
+    Asset("imagenet64", "ADM reference batch for FID at 64px", same_files(["VIRTUAL_imagenet64_labeled.npz"], ADM + "64/")),
+    Asset("imagenet128", "ADM reference batch at 128px", same_files(["VIRTUAL_imagenet128_labeled.npz"], ADM + "128/")),
+    Asset("imagenet256", "ADM reference batch at 256px", same_files(["VIRTUAL_imagenet256_labeled.npz"], ADM + "256/")),
+    Asset("imagenet512", "ADM reference batch at 512px", same_files(["VIRTUAL_imagenet512.npz"], ADM + "512/")),
+    Asset("inception", "Inception weights for FID", {INCEPTION: {"pt_inception-2015-12-05-6726825d.pth": "6726825d"}}),
     Asset("fashion-mnist", "70,000 images of garments, 28x28, 10 classes (MIT licence)",
-          same_files(FASHION_MNIST, "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
-                     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"), folder="fashion-mnist"),
+          {FASHION_GITHUB: FASHION_FILES, FASHION_BUCKET: FASHION_FILES}, folder="fashion-mnist"),
 )
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--name", nargs="+", metavar="NAME", choices=["all", *(asset.name for asset in ASSETS)],
-                      help="what to download (see --list), or all")
-    task.add_argument("--list", action="store_true", help="show every name and where its files go, then end")
-    parser.add_argument("--dest", default="assets", type=Path, metavar="DIR", help="folder to put it in (default: assets)")
-    return parser.parse_args()
-
-
-def print_list(dest):
-    for asset in ASSETS:
-        files = next(iter(asset.places.values()))
-        names = files[0].name if len(files) == 1 else f"{files[0].name} .. {files[-1].name} ({len(files)} files)"
-        print(f"{asset.name:<24}{asset.about}\n{'':<24}{names} -> {dest / asset.folder}")
-
-
 def download_asset(asset, dest):
-    """Fetch `asset` from the first place that delivers it. Returns [] or, when none did, the answer of each place.
-
-    A place takes over where the one before it failed: files that are here are not fetched again.
-    """
+    """Fetch what is missing of `asset` from the first place that delivers it; returns [] or, if none did, the answer of each."""
     from utils.download import PlaceFailed, fetch, is_unzipped, unzip
     from utils.logging import say
 
     folder, answers = dest / asset.folder, []
 
-    def missing(files):
-        return [file for file in files if not (is_unzipped if file.unzip else Path.is_file)(folder / file.name)]
+    def missing(names):
+        return [name for name in names if not (is_unzipped if name.endswith(".zip") else Path.is_file)(folder / name)]
 
     for place, files in sorted(asset.places.items(), key=lambda place: bool(missing(place[1]))):  # first one whose files are all here
         try:
-            for file in missing(files):
-                url, path = place + file.name, folder / file.name
+            for name in missing(files):
+                url, path = place + name, folder / name
                 say(f"{url} -> {path}")
-                fetch(url, path, file.checksum)
-                if file.unzip:
+                fetch(url, path, files[name])
+                if path.suffix == ".zip":
                     unzip(path)
         except PlaceFailed as answer:
             answers.append(f"{url}: {answer}")
@@ -134,9 +105,17 @@ def download_asset(asset, dest):
 
 
 def main():
-    arguments = parse_arguments()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--name", nargs="+", metavar="NAME", choices=["all", *(asset.name for asset in ASSETS)],
+                      help="what to download (see --list), or all")
+    task.add_argument("--list", action="store_true", help="show every name and where its files go, then end")
+    parser.add_argument("--dest", default="assets", type=Path, metavar="DIR", help="folder to put it in (default: assets)")
+    arguments = parser.parse_args()
     if arguments.list:
-        print_list(arguments.dest)
+        for asset in ASSETS:
+            files = list(next(iter(asset.places.values())))
+            print(f"{asset.name:<24}{asset.about}\n{'':<24}{files[0]} ({len(files)} files) -> {arguments.dest / asset.folder}")
         return 0
     make_folder(arguments.dest, "--dest")
     chosen = [asset for asset in ASSETS if asset.name in arguments.name or "all" in arguments.name]

@@ -145,8 +145,6 @@ def report(folder, train_grey, test_grey, preview):
         say(f"{name} latents, scaled: mean {(SCALE * mean).tolist()}, std {(SCALE * std).tolist()}")
     if preview:
         save_preview(preview, reference[:12], output[:12])
-    size = sum(path.stat().st_size for path in Path(folder).iterdir())
-    say(f"{folder}: {size:,} bytes, {sum(p.numel() for p in autoencoder.vae.parameters()):,} parameters")
 
 
 def save_preview(path, images, reconstructions):

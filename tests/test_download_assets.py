@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import download_assets
-from download_assets import Asset, File
+from download_assets import Asset
 from utils import download
 from utils.cli import UserError
 from utils.download import PlaceFailed, fetch, unzip
@@ -416,7 +416,7 @@ def run_main(monkeypatch, assets, *arguments):
 def test_next_place_takes_over_and_finished_files_stay(site, tmp_path, monkeypatch, capsys):
     for name, answer in {"one/a": send(), "one/b": status(403), "two/a": status(500), "two/b": send()}.items():
         site.serve(name, answer)
-    places = download_assets.same_files([File("a"), File("b")], site.url + "one/", site.url + "two/")
+    places = download_assets.same_files(["a", "b"], site.url + "one/", site.url + "two/")
     assert run_main(monkeypatch, [Asset("set", "", places, folder="set")], "--name", "set", "--dest", tmp_path) == 0
     assert (tmp_path / "set" / "a").read_bytes() == (tmp_path / "set" / "b").read_bytes() == BODY
     assert f"{site.url}one/b: 403 Forbidden" in capsys.readouterr().out
@@ -427,7 +427,7 @@ def test_part_goes_on_at_a_mirror_with_the_same_etag(site, tmp_path, monkeypatch
     monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
     site.serve("one/f", send(cut=100_000), status(404))
     site.serve("two/f", send())
-    places = download_assets.same_files([File("f")], site.url + "one/", site.url + "two/")
+    places = download_assets.same_files(["f"], site.url + "one/", site.url + "two/")
     assert run_main(monkeypatch, [Asset("f", "", places)], "--name", "f", "--dest", tmp_path) == 0
     assert (tmp_path / "f").read_bytes() == BODY
     assert site.ranges()[2] == site.ranges()[1] != None      # both asked for the rest
@@ -436,8 +436,8 @@ def test_part_goes_on_at_a_mirror_with_the_same_etag(site, tmp_path, monkeypatch
 def test_no_place_left_is_exit_code_1_with_every_answer_and_other_names_go_on(site, tmp_path, monkeypatch, capsys):
     site.serve("one/a", status(403))
     site.serve("c", send())
-    assets = [Asset("bad", "", download_assets.same_files([File("a")], site.url + "one/", site.url + "two/")),
-              Asset("good", "", download_assets.same_files([File("c")], site.url))]
+    assets = [Asset("bad", "", download_assets.same_files(["a"], site.url + "one/", site.url + "two/")),
+              Asset("good", "", download_assets.same_files(["c"], site.url))]
     assert run_main(monkeypatch, assets, "--name", "all", "--dest", tmp_path) == 1
     errors = capsys.readouterr().err
     assert f"{site.url}one/a: 403 Forbidden" in errors and f"{site.url}two/a: 404 Not Found" in errors and "bad" in errors
@@ -448,7 +448,7 @@ def test_zip_and_its_unpacked_form_are_one_asset(site, tmp_path, monkeypatch):
     """The second place offers the files themselves; once they are there, the zip is not asked for again."""
     site.serve("zip/a.zip", status(403))
     site.serve("plain/train/data.mdb", send())
-    places = {site.url + "zip/": [File("a.zip", unzip=True)], site.url + "plain/": [File("train/data.mdb")]}
+    places = {site.url + "zip/": {"a.zip": ""}, site.url + "plain/": {"train/data.mdb": ""}}
     for _ in range(2):
         assert run_main(monkeypatch, [Asset("a", "", places, folder="a")], "--name", "a", "--dest", tmp_path) == 0
     assert (tmp_path / "a" / "train" / "data.mdb").read_bytes() == BODY
@@ -458,7 +458,7 @@ def test_zip_and_its_unpacked_form_are_one_asset(site, tmp_path, monkeypatch):
 def test_zip_is_fetched_unpacked_and_then_left_alone(site, tmp_path, monkeypatch):
     body = write_zip(tmp_path / "source.zip", [("train/data.mdb", BODY)]).read_bytes()
     site.serve("a.zip", send(body=body))
-    places = {site.url: [File("a.zip", unzip=True)]}
+    places = {site.url: {"a.zip": ""}}
     for _ in range(2):
         assert run_main(monkeypatch, [Asset("a", "", places, folder="a")], "--name", "a", "--dest", tmp_path) == 0
     assert (tmp_path / "a" / "train" / "data.mdb").read_bytes() == BODY
@@ -483,7 +483,7 @@ def test_dest_that_cannot_be_a_folder_is_one_line(tmp_path, monkeypatch, dest):
 def test_list_names_every_asset(monkeypatch, capsys):
     assert run_main(monkeypatch, download_assets.ASSETS, "--list") == 0
     listed = capsys.readouterr().out
-    assert all(asset.name in listed and next(iter(asset.places.values()))[0].name in listed for asset in download_assets.ASSETS)
+    assert all(asset.name in listed and next(iter(next(iter(asset.places.values())))) in listed for asset in download_assets.ASSETS)
 
 
 def test_table_is_sound():
@@ -491,4 +491,4 @@ def test_table_is_sound():
     for asset in download_assets.ASSETS:
         for place, files in asset.places.items():
             assert place.startswith("https://") or place.startswith("http://fashion-mnist."), asset.name
-            assert place.endswith("/") and files and all(set(file.checksum) <= set("0123456789abcdef") for file in files), asset.name
+            assert place.endswith("/") and files and all(set(checksum) <= set("0123456789abcdef") for checksum in files.values()), asset.name
