@@ -16,8 +16,6 @@ from utils import cli
 from utils.cli import UserError
 from utils.files import make_folder
 
-COMMANDS = ("calc", "ref")
-
 
 def build_parser():
     parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__,
@@ -48,7 +46,7 @@ def build_parser():
 
 def parse_args(argv):
     """Arguments of a command; `REF SAMPLES` is read as `calc --ref REF --images SAMPLES`."""
-    if len(argv) >= 2 and argv[0] not in COMMANDS and not argv[0].startswith("-") and not argv[1].startswith("-"):
+    if len(argv) >= 2 and argv[0] not in ("calc", "ref") and not argv[0].startswith("-") and not argv[1].startswith("-"):
         argv = ["calc", "--ref", argv[0], "--images", argv[1], *argv[2:]]
     args = build_parser().parse_args(argv)
     for option, least in (("batch", 1), ("seed", 0)):
@@ -97,8 +95,6 @@ def calc(args):
 
 
 def ref(args):
-    import numpy as np
-
     from fid.embeddings import make_embedding
     from fid.evaluate import embedding_settings
     from fid.sources import Source, holds
@@ -114,7 +110,7 @@ def ref(args):
             f"its {len(source)} images arr_0; for published numbers give it to --ref as it is")
     embedding = make_embedding(args.embedding, args.weights)
     stream = FeatureStream(embedding)
-    stream.add_source(source, args.batch, "reference", np.zeros(len(source), dtype=bool))
+    stream.add_source(source, args.batch, "reference", keep=False)
     gaussians = stream.gaussians()
     settings = {**embedding_settings(embedding), "conversion": "as stored", "num_images": len(source)}
     if distributed.is_main():

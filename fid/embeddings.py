@@ -7,6 +7,7 @@ Each has the tap "pool"; Inception also has "spatial", which sFID needs.
 import contextlib
 import hashlib
 import os
+import textwrap
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from fid.sources import check_images
 from utils import distributed
 from utils.cli import UserError
+from utils.files import file_sha256
 
 DEFAULT_CLASSIFIER = "assets/demo-classifier"
 DEFAULT_INCEPTION = "assets/pt_inception-2015-12-05-6726825d.pth"
@@ -71,7 +73,7 @@ class Inception(Embedding):
         self.dims = {"pool": inception.POOL_DIM, "spatial": inception.SPATIAL_DIM}
         self.class_weight = state["fc.weight"].float().to(self.device)  # (1008, 2048); IS uses no bias
         self.net = inception.InceptionTrunk(net).to(self.device, memory_format=torch.channels_last)
-        self.settings = {"resize": inception.RESIZE, "weights_sha256": hash_file(weights)}
+        self.settings = {"resize": inception.RESIZE, "weights_sha256": file_sha256(weights)}
 
     def _taps(self, images):
         taps = [self.net(part) for part in images.split(CPU_CHUNK if self.device.type == "cpu" else len(images))]
@@ -98,14 +100,11 @@ class ClassifierNet(nn.Module):
         layers = []
         for width_in, width_out, stride in zip(widths, widths[1:], (1, 2, 1, 2, 1)):
             layers += [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 64)
         self.head = nn.Linear(NUM_FEATURES, num_classes)
 
-    def features(self, grey):
-        return self.trunk(grey).mean((2, 3))  # (B, 64)
-
     def forward(self, grey):
-        return self.head(self.features(grey))
+        return self.head(self.trunk(grey))
 
 
 class Classifier(Embedding):
@@ -121,14 +120,14 @@ class Classifier(Embedding):
         self.net = ClassifierNet(len(state.get("head.bias", ()))).eval()
         load_strictly(self.net, state, path)
         self.net.to(self.device).requires_grad_(False)
-        self.settings = {"resize": "none", "weights_sha256": hash_file(path)}
+        self.settings = {"resize": "none", "weights_sha256": file_sha256(path)}
 
     def _taps(self, images):
         if tuple(images.shape[1:3]) != (32, 32):
             raise UserError(f"classifier: images are {images.shape[1]}x{images.shape[2]}, wanted 32x32 as in the demo; "
                             "for other images use --embedding inception")
         grey = images.float().mean(3)[:, None] / 255  # (B, 1, 32, 32)
-        return {"pool": self.net.features(grey)}
+        return {"pool": self.net.trunk(grey)}
 
     def classes(self, images):
         """The class index (B,) int64 seen in each image; images as in a call."""
@@ -186,21 +185,12 @@ def read_tensors(path, remedy):
 
 
 def load_strictly(net, state, source, remedy="give a plain state dict of exactly this model"):
-    """Load a state dict whose names and shapes have to be the network's. Raises UserError naming the first that is not."""
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()
-              if name in state or not name.endswith("num_batches_tracked")}
-    for name in sorted(wanted.keys() | found.keys()):
-        if found.get(name) != wanted.get(name):
-            raise UserError(f"{source}: tensor {name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'no such tensor')} "
-                            f"({len(found)} tensors found, {len(wanted)} wanted); {remedy}")
-    net.load_state_dict(dict(state), assign=next(net.parameters()).is_meta)
-
-
-def hash_file(path):
-    """sha256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Load a state dict whose names and shapes have to be the network's. Raises UserError if they are not."""
+    try:
+        net.load_state_dict(dict(state), assign=next(net.parameters()).is_meta)
+    except RuntimeError as error:  # it names the tensors that are missing, unexpected or of another shape
+        misfits = textwrap.shorten(str(error).partition(":")[2], 300)
+        raise UserError(f"{source}: not the weights of this network: {misfits}; {remedy}") from error
 
 
 @contextlib.contextmanager

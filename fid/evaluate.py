@@ -82,7 +82,8 @@ class Evaluator:
         self.embedding = make_embedding(embedding, weights) if isinstance(embedding, str) else embedding
         self.metrics, self.skipped = choose_metrics(metrics, self.embedding.name, self.reference)
         check_counts(self.metrics, interval, num_images, self.reference)
-        check_stored(self.reference, self.embedding)
+        if self.reference.stored:
+            check_stored(self.reference, self.embedding)
         self.num_images, self.interval, self.batch_size, self.seed = num_images, interval, batch_size, seed
         self.conversion = conversion
         chosen = [METRICS[name] for name in self.metrics]
@@ -106,11 +107,11 @@ class Evaluator:
 
         Each process adds its own batches, batch k on rank k mod W.
         """
-        self.stream.add(images, batch_index, np.full(len(images), self.keeps_samples))
+        self.stream.add(images, batch_index, self.keeps_samples)
 
     def add_all(self, source):
         """Add all images of a fid.sources.Source, each process its share."""
-        self.stream.add_source(source, self.batch_size, "samples", np.full(len(source), self.keeps_samples))
+        self.stream.add_source(source, self.batch_size, "samples", self.keeps_samples)
 
     def result(self):
         """{"numbers": name -> float, "settings": ..., "warnings": [...], "skipped": metric -> why}, the same on every process.
@@ -130,27 +131,22 @@ class Evaluator:
         for metric in (METRICS[name] for name in self.metrics):
             found, title = metric.compute(self), metric.name(self.embedding.name)
             numbers |= {title + suffix: number for suffix, number in found.items()} if isinstance(found, dict) else {title: found}
-        result = {"numbers": numbers, "settings": self._settings(count), "warnings": self.warnings, "skipped": self.skipped}
+        reference = self.reference
+        settings = {
+            "num_images": count, "image_size": self.stream.image_size, "conversion": self.conversion, **embedding_settings(self.embedding),
+            "batch_size": max(num for _, num in self.stream.counts), "seed": self.seed, "metrics": list(self.metrics),
+            "is_split": metrics.IS_SPLIT, "neighbours": metrics.NEIGHBOURS, "covariance_ddof": 1,
+            "kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": metrics.KID_SUBSET_SIZE,
+            "reference": {"name": reference.name, "statistics": "stored" if reference.stored else "computed from its images",
+                          "num_images": reference.num_images, "images_compared": len(reference.pool)},
+        }
+        result = {"numbers": numbers, "settings": settings, "warnings": self.warnings, "skipped": self.skipped}
         if self.interval:
-            gaussian = self.reference.gaussians["pool"]
+            gaussian = reference.gaussians["pool"]
             result["interval"] = {"of": METRICS["fid"].name(self.embedding.name), "level": 0.95,
                                   **metrics.jackknife_interval(gaussian, self.pool, seed=self.seed),
                                   "extrapolated": metrics.extrapolated_distance(gaussian, self.pool, seed=self.seed)}
         return result
-
-    def _settings(self, count):
-        reference = self.reference
-        return {
-            "num_images": count, "image_size": list(self.stream.image_size), "conversion": self.conversion,
-            **embedding_settings(self.embedding), "batch_size": self.stream.counts[0], "seed": self.seed,
-            "metrics": list(self.metrics), "is_split": metrics.IS_SPLIT, "neighbours": metrics.NEIGHBOURS, "covariance_ddof": 1,
-            "kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": metrics.KID_SUBSET_SIZE,
-            "reference": {
-                "name": reference.name, "statistics": "stored" if reference.stored else "computed from its images",
-                "num_images": reference.num_images,
-                "images_compared": len(reference.pool),
-            },
-        }
 
 
 def embedding_settings(embedding):
@@ -185,11 +181,11 @@ def choose_metrics(wanted, embedding_name, reference):
 
 def check_counts(wanted, interval, num_images, reference):
     """Raise UserError if there are too few samples (num_images, None if unknown) or reference images to compute anything."""
-    compared = None if reference.images is None else len(reference.images)
     for name in wanted:
-        metric = METRICS[name]
-        from_images = metric.images or metric.tap and not reference.stored
-        for what, count in (("samples", num_images), (f"reference images in {reference.name}", compared if from_images else None)):
+        metric, counts = METRICS[name], {"samples": num_images}
+        if metric.images or metric.tap and not reference.stored:
+            counts[f"reference images in {reference.name}"] = len(reference.images)
+        for what, count in counts.items():
             if count is not None and count < metric.least:
                 raise UserError(f"{name}: {count} {what}, wanted at least {metric.least} (and thousands for a number to be believed)")
     if interval and num_images is not None and num_images < 2 * metrics.GROUPS:
@@ -198,8 +194,6 @@ def check_counts(wanted, interval, num_images, reference):
 
 def check_stored(reference, embedding):
     """Raise UserError if stored statistics are not of this embedding's features."""
-    if not reference.stored:
-        return
     made_with = reference.settings.get("embedding", "inception")  # ADM's and EDM's files do not say
     if made_with != embedding.name:
         raise UserError(f"{reference.name}: its statistics are of the {made_with} embedding, the samples' are of "

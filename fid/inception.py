@@ -20,6 +20,7 @@ SPATIAL_CHANNELS = 7
 SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
 mean_pool = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+max_pool = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
 
 class FIDInceptionA(InceptionA):
@@ -50,17 +51,12 @@ class FIDInceptionE(InceptionE):
                 self.branch_pool(self.pool(x))]
 
 
-class LastInceptionE(FIDInceptionE):
-    """The max pool is a slip of the original network that became the standard."""
-    pool = staticmethod(functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
-
-
 def make_network():
     """The network without memory for its weights (on the meta device): load a state dict with assign=True."""
     blocks = [BasicConv2d, FIDInceptionA, InceptionB, FIDInceptionC, InceptionD, FIDInceptionE, InceptionAux]
     with torch.device("meta"):  # neither draws random numbers nor takes the time to
         net = Inception3(NUM_CLASSES, aux_logits=False, init_weights=False, inception_blocks=blocks)
-        net.Mixed_7c = LastInceptionE(2048)
+    net.Mixed_7c.pool = max_pool  # a slip of the original network that became the standard
     return net.eval()
 
 

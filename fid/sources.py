@@ -24,7 +24,6 @@ class Source:
 
     def __init__(self, images, num=None, seed=0, option="--num"):
         if not isinstance(images, (str, os.PathLike)):
-            check_images(images, "array")
             self.images = ArrayImages("array", np.asarray(images), None, None)
         elif holds(images, "mu") and not holds(images, "arr_0"):
             raise UserError(f"{images}: no arr_0; it holds statistics only, which can be the reference but not the images")
@@ -71,28 +70,25 @@ def holds(path, key):
         return key in file
 
 
-def check_images(images, what="images"):
-    """Raise UserError unless images is a (B, H, W, 3) uint8 batch, saying what it looks like and how to mend it."""
+def check_images(images):
+    """Raise UserError unless images is a (B, H, W, 3) uint8 batch."""
     shape, dtype = tuple(images.shape), str(images.dtype).removeprefix("torch.")
-    if len(shape) == 4 and shape[3] == 3 and dtype == "uint8" and 0 not in shape:
-        return
-    remedy = "give one array with a batch axis and three colour channels: repeat a grey channel three times, drop an alpha channel"
-    if len(shape) == 4 and shape[1] == 3 and shape[3] != 3:
-        remedy = "the layout is NCHW, use images.transpose(0, 2, 3, 1) (torch: permute)"
-    elif dtype != "uint8":
-        remedy = "for values in [-1, 1] use floor((x + 1) * 127.5) clipped to 0..255 (utils.images.to_uint8)"
-    raise UserError(f"{what}: got {dtype} {shape}, wanted uint8 (B, H, W, 3); {remedy}")
+    if len(shape) != 4 or shape[3] != 3 or dtype != "uint8" or 0 in shape:
+        raise UserError(f"images: got {dtype} {shape}, wanted uint8 (B, H, W, 3) with a batch axis; if the layout is NCHW, use "
+                        "images.transpose(0, 2, 3, 1) (torch: permute), for values in [-1, 1] floor((x + 1) * 127.5) clipped to 0..255; "
+                        "repeat a grey channel three times, drop an alpha channel")
 
 
 def batches(source, batch_size, positions):
-    """Yield (batch_index, images (n, H, W, 3) uint8) of this process: of fixed global batches, k belongs to rank k mod W.
+    """Yield (batch_index, positions (n,), images (n, H, W, 3) uint8) of fixed global batches; batch k belongs to rank k mod W.
 
     positions: which images make up the batches, ascending (M,). One batch is read ahead in a thread.
     """
-    mine = range(distributed.rank(), -(-len(positions) // batch_size), distributed.world_size())
+    parts = np.array_split(positions, range(batch_size, len(positions), batch_size))
+    mine = range(distributed.rank(), len(parts), distributed.world_size())
     with ThreadPoolExecutor(1) as reader:
-        reads = (reader.submit(source.read, positions[index * batch_size:(index + 1) * batch_size]) for index in mine)
+        reads = (reader.submit(source.read, parts[index]) for index in mine)
         ahead = next(reads, None)
         for index in mine:
             current, ahead = ahead, next(reads, None)
-            yield index, current.result()
+            yield index, parts[index], current.result()

@@ -43,46 +43,40 @@ class FeatureStream:
         self.embedding = embedding
         self.running = {tap: RunningStatistics(dim, embedding.device) for tap, dim in embedding.dims.items()}
         self.kept = {}         # batch_index -> pooled features (n, d)
-        self.counts = {}       # batch_index -> images in it
+        self.counts = []       # (batch_index, images in it)
         self.image_size = None
 
     def add(self, images, batch_index, keep):
-        """images: (B, H, W, 3) uint8; keep: bool (B,), numpy, the images whose pooled features are kept."""
-        size = tuple(images.shape[1:3])
-        if self.image_size not in (None, size):
-            raise UserError(f"images: mixed sizes, {self.image_size} before and {size} in batch {batch_index}; "
-                            "crop and resize all images to one size first")
-        if batch_index in self.counts:
-            raise ValueError(f"batch_index {batch_index} was given twice; number the global batches 0, 1, 2, ...")
+        """images: (B, H, W, 3) uint8; keep: the images whose pooled features are kept, bool (B,) or one for all."""
         taps = self.embedding.taps(images)
         if not taps["pool"].isfinite().all():
             raise UserError(f"{self.embedding.name}: features of batch {batch_index} hold NaN or infinity; its weights are damaged, "
                             "get them anew")
-        self.image_size, self.counts[batch_index] = size, len(images)
+        self.image_size = list(images.shape[1:3])
+        self.counts.append((batch_index, len(images)))
         for tap, features in taps.items():
             self.running[tap].add(features)
-        self.kept[batch_index] = taps["pool"][torch.from_numpy(keep)]
+        self.kept[batch_index] = taps["pool"][torch.as_tensor(keep).expand(len(images))]
 
     def add_source(self, source, batch_size, what, keep, positions=None):
         """Add this process's share of an image set, with progress under the name `what`.
 
-        keep: bool (N,) over the set, as in `add`. positions: of the images to add, ascending (M,); None adds all.
+        keep: bool (N,) over the set, or one for all. positions: of the images to add, ascending (M,); None adds all.
         """
         positions = np.arange(len(source)) if positions is None else positions
         with Progress(len(positions), what, "images") as progress:
-            for index, images in batches(source, batch_size, positions):
-                rows = positions[index * batch_size:(index + 1) * batch_size]
-                self.add(images, index, keep[rows])
+            for index, rows, images in batches(source, batch_size, positions):
+                self.add(images, index, np.broadcast_to(keep, len(source))[rows])
                 progress.update(min(len(images) * distributed.world_size(), progress.total - progress.n))  # all are about as far
 
     def count(self):
         """Number of images over all processes, each of which has to call. Raises ValueError if a batch is missing."""
-        parts = distributed.all_gather_object(self.counts)
-        given = sorted(index for counts in parts for index in counts)
+        counts = sorted(sum(distributed.all_gather_object(self.counts), []))
+        given = [index for index, _ in counts]
         if given != list(range(len(given))):
             raise ValueError(f"batches {given[:20]} over all processes, wanted each of 0, 1, 2, ... once; "
                              "give batch k to rank k mod the number of processes")
-        return sum(count for counts in parts for count in counts.values())
+        return sum(count for _, count in counts)
 
     def gaussians(self):
         """{tap: (mu, sigma)} over all processes."""
@@ -111,11 +105,10 @@ def load_statistics(path):
 
 def _read_gaussian(path, file, mu_key, sigma_key):
     mu, sigma = (read_npz(path, file, key) for key in (mu_key, sigma_key))
-    if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise UserError(f"{path}: {mu_key} is {mu.dtype} {mu.shape} and {sigma_key} {sigma.dtype} {sigma.shape}, "
-                        "wanted floats (d,) and (d, d)")
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{path}: {mu_key} or {sigma_key} holds NaN or infinity; make the file anew with `python -m fid ref`")
+    floats = mu.dtype.kind == sigma.dtype.kind == "f" and np.isfinite(mu).all() and np.isfinite(sigma).all()
+    if not floats or mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(f"{path}: {mu_key} is {mu.dtype} {mu.shape} and {sigma_key} {sigma.dtype} {sigma.shape}, wanted floats (d,) "
+                        "and (d, d) without NaN and infinity; make the file anew with `python -m fid ref`")
     return mu.astype(np.float64), sigma.astype(np.float64)
 
 

@@ -7,7 +7,6 @@ sha256), which training/checkpoint.py writes.
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import math
 import pickle
@@ -24,6 +23,7 @@ from models.maskdit import SIZES
 from utils.class_names import load_imagenet_class_names
 from utils.cli import UserError
 from utils.config import from_dict, gone_keys, load_config, model_arguments
+from utils.files import file_sha256
 from utils.logging import say
 from utils.precision import DTYPES, effective_amp, use_compile
 from utils.schema import ModelConfig
@@ -152,11 +152,6 @@ def damage(path):
         except Exception as error:  # zipfile raises many classes on damaged files
             return first_line(error)
     return None
-
-
-def file_sha256(path):
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def checkpoint_digest(path):

@@ -9,40 +9,34 @@ accuracy and what real, noisy and blurred images score, so that the demo's numbe
 import argparse
 import datetime
 import sys
-import time
 from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from scipy.ndimage import uniform_filter
+from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataset.idx import load_fashion_mnist
+from fid.embeddings import Classifier, ClassifierNet
+from fid.evaluate import Evaluator
 from utils import cli
+from utils.files import file_sha256
 
 BATCH = 128
 PEAK_LR = 4e-3
 NUM_DEMO_IMAGES = 8000  # of the t10k file: what the demo's MaskDiT trains on; the rest is held out from everything
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of the four gzip idx files")
-    parser.add_argument("--dest", default="assets/demo-classifier", help="folder to write")
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
 def train(images, labels, epochs, seed):
     """Return a ClassifierNet trained on images (N, 32, 32) uint8 with labels (N,) int64, half of them mirrored each epoch."""
-    import torch
-    from torch.nn import functional as F
-
-    from fid.embeddings import ClassifierNet
     torch.manual_seed(seed)
     net = ClassifierNet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR, weight_decay=0.05)
-    steps = epochs * (len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, epochs=epochs, steps_per_epoch=len(images) // BATCH)
     images, labels = torch.from_numpy(images), torch.from_numpy(labels)
-    started = time.monotonic()
     for epoch in range(epochs):
         order = torch.randperm(len(images))
         for rows in order[:len(images) // BATCH * BATCH].view(-1, BATCH):
@@ -55,7 +49,7 @@ def train(images, labels, epochs, seed):
             loss.backward()
             optimizer.step()
             schedule.step()
-        print(f"epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}, {time.monotonic() - started:.0f} s", flush=True)
+        print(f"epoch {epoch + 1}/{epochs}, loss {loss.item():.3f}", flush=True)
     return net.eval()
 
 
@@ -65,15 +59,12 @@ def as_rgb(grey):
 
 
 def accuracy(classifier, grey, labels):
-    import numpy as np
     right = [(classifier.classes(as_rgb(grey[i:i + 1000])).numpy() == labels[i:i + 1000]) for i in range(0, len(grey), 1000)]
     return float(np.concatenate(right).mean())
 
 
 def examples(held_out, labels):
     """name -> (N, 32, 32) uint8: the held-out images, and ways in which they can be bad samples."""
-    import numpy as np
-    from scipy.ndimage import uniform_filter
     rng = np.random.default_rng(0)
     found = {"held-out real images": held_out}
     for level in (5, 15, 40):
@@ -89,7 +80,6 @@ def examples(held_out, labels):
 
 def scores(classifier, real, held_out, held_out_labels):
     """[(name, number of images, FD, FD / total variance of the reference)] against the demo's training images."""
-    from fid.evaluate import Evaluator
     evaluator = Evaluator(as_rgb(real), metrics=("fid",), embedding=classifier)
     rows = []
     for name, grey in examples(held_out, held_out_labels).items():
@@ -101,7 +91,6 @@ def scores(classifier, real, held_out, held_out_labels):
 
 
 def write_readme(folder, args, found_accuracy, rows):
-    from fid.embeddings import hash_file
     table = "\n".join(f"| {name} | {count} | {distance:.3f} | {share:.4f} |" for name, count, distance, share in rows)
     (folder / "README.md").write_text(f"""# Demo classifier
 
@@ -112,7 +101,7 @@ not FID and compares with no published table.
 - Made by `python scripts/train_demo_classifier.py --data FOLDER --epochs {args.epochs} --seed {args.seed}` on {datetime.date.today()} from the 60,000 images of
   Fashion-MNIST's train file (MIT licence), padded to 32x32.
 - Accuracy on the 10,000 images of the t10k file: {100 * found_accuracy:.2f} %.
-- sha256 {hash_file(folder / "model.safetensors")}
+- sha256 {file_sha256(folder / "model.safetensors")}
 - Input: RGB uint8 images (B, 32, 32, 3); the three channels are averaged to grey.
 
 ## How to read FD-classifier
@@ -128,11 +117,12 @@ features' total variance (the trace of their covariance), for orientation only: 
 
 
 def main():
-    args = parse_args()
-    from safetensors.torch import save_file
-
-    from fid.embeddings import Classifier
-    from dataset.idx import load_fashion_mnist
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of the four gzip idx files")
+    parser.add_argument("--dest", default="assets/demo-classifier", help="folder to write")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
     images, labels = load_fashion_mnist(args.data, "train")
     test_images, test_labels = load_fashion_mnist(args.data, "test")
     net = train(images, labels, args.epochs, args.seed)

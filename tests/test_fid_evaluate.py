@@ -228,22 +228,18 @@ def test_a_metric_is_added_by_one_line(monkeypatch):
     assert set(measure(SAMPLES, REAL, metrics="shift", embedding="pixels")["numbers"]) == {"shift-pixels", "shift-pixels_count"}
 
 
-def test_mixed_sizes_between_batches_are_told():
-    evaluator = Evaluator(REAL, metrics=("fid",), embedding=TinyInception())
-    evaluator.add(SAMPLES[:4], 0)
-    with pytest.raises(ValueError, match=r"mixed sizes, \(8, 8\) before and \(8, 6\) in batch 1"):
-        evaluator.add(SAMPLES[:4, :, :6], 1)
-
-
 def test_doubled_missing_and_miscounted_batches_are_told():
     evaluator = Evaluator(REAL, metrics=("fid",), embedding=TinyInception(), num_images=9)
     evaluator.add(SAMPLES[:4], 0)
-    with pytest.raises(ValueError, match="batch_index 0 was given twice"):
-        evaluator.add(SAMPLES[:4], 0)
     with pytest.raises(ValueError, match="num_images=9 were announced, 4 came"):
         evaluator.result()
     evaluator.add(SAMPLES[:5], 2)
     with pytest.raises(ValueError, match=r"batches \[0, 2\] over all processes, wanted each of 0, 1, 2"):
+        evaluator.result()
+    evaluator.reset()
+    for _ in range(2):
+        evaluator.add(SAMPLES[:4], 0)
+    with pytest.raises(ValueError, match=r"batches \[0, 0\] over all processes, wanted each of 0, 1, 2"):
         evaluator.result()
 
 

@@ -186,9 +186,9 @@ def test_missing_weights_name_the_download_command(tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"Mixed_7c.branch_pool.bn.running_var": None}, "Mixed_7c.branch_pool.bn.running_var is missing, wanted .192,. .471 tensors found, 472 wanted"),
-    ({"fc.weight": torch.zeros(1000, 2048)}, "fc.weight is .1000, 2048., wanted .1008, 2048. .472 tensors"),
-    ({"AuxLogits.fc.bias": torch.zeros(1)}, "AuxLogits.fc.bias is .1,., wanted no such tensor"),
+    ({"Mixed_7c.branch_pool.bn.running_var": None}, "Missing key.* \"Mixed_7c.branch_pool.bn.running_var\""),
+    ({"fc.weight": torch.zeros(1000, 2048)}, "size mismatch for fc.weight: .*1000, 2048.*1008, 2048.*FID Inception file"),
+    ({"AuxLogits.fc.bias": torch.zeros(1)}, "Unexpected key.* \"AuxLogits.fc.bias\""),
 ])
 def test_another_network_is_refused(state, tmp_path, change, message):
     torch.save({name: tensor for name, tensor in (state | change).items() if tensor is not None}, tmp_path / "weights.pth")

@@ -1,6 +1,7 @@
 """Files written whole or not at all, and folders checked before the work whose results go there."""
 
 import contextlib
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -59,6 +60,12 @@ def told(path):
         raise
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error}); free some space or give another place") from error
+
+
+def file_sha256(path):
+    """sha256 of a file's bytes, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def flush_to_disk(path):
