@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+from utils.class_names import resolve_class
 from utils.cli import EXIT_BAD, UserError, parse_with_overrides, run
 from utils.config import load_config
 
@@ -28,8 +29,8 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
         epilog="Any key of the config can be given as key=value, for example sample.cfg_interval=[0.28,2.9]. Other seeds with the same "
-               "settings are added to the output folder, and those that are there are not sampled again (but with --ref_path, whose "
-               "numbers need all images). Another checkpoint or other settings need another --outdir. Exit code 3: images had NaN.")
+               "settings are added to the output folder. Those that are there are sampled again only with --ref_path. Another "
+               "checkpoint or other settings need another --outdir. Exit code 3: images had NaN.")
     parser.add_argument("--ckpt_path", required=True, help="checkpoint, ours or a published one")
     parser.add_argument("--config", help="YAML file; not needed for our checkpoints, which carry their config")
     parser.add_argument("--which", choices=("ema", "model"), default="ema", help="averaged weights (default) or the raw ones")
@@ -38,8 +39,7 @@ def parse_arguments(argv=None):
                         "none: every seed draws its own class")
     parser.add_argument("--outdir", help="default: samples/RUN-CHECKPOINT")
     parser.add_argument("--format", choices=("png", "npz", "latents", "none"), default="png",
-                        help="images/*.png and labels.csv (default), samples.npz (arr_0 uint8 NHWC, seeds, labels), latents.npz, "
-                        "or none (only the numbers of --ref_path)")
+                        help="images/*.png and labels.csv (default), samples.npz, latents.npz, or none (only the numbers of --ref_path)")
     parser.add_argument("--no_grid", action="store_true", help="do not draw grid.png of the first images")
     parser.add_argument("--vae", help="the same as vae.path=...: the autoencoder that decodes")
     parser.add_argument("--ref_path", help="reference statistics or images: compute all numbers that it can serve while sampling, into "
@@ -48,21 +48,17 @@ def parse_arguments(argv=None):
     for name, text in SAMPLE_FLAGS.items():
         parser.add_argument(f"--{name}", help=f"the same as sample.{name}=...: {text}")
     args, overrides = parse_with_overrides(parser, argv)
-    overrides += [f"sample.{name}={getattr(args, name)}" for name in SAMPLE_FLAGS if getattr(args, name) is not None]
-    overrides += [f"vae.path={args.vae}"] if args.vae else []
-    overrides += [f"eval.ref_path={args.ref_path}"] if args.ref_path else []
-    return args, overrides
+    given = {f"sample.{name}": getattr(args, name) for name in SAMPLE_FLAGS} | {"vae.path": args.vae, "eval.ref_path": args.ref_path}
+    return args, overrides + [f"{key}={value}" for key, value in given.items() if value is not None]
 
 
 def parse_seeds(text):
     """'0-3,8' -> [0, 1, 2, 3, 8]. Raises UserError for anything else, too many seeds, and a seed named twice."""
-    ranges = []
-    for part in text.split(","):
-        found = re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip())
-        if not found or int(found[2] or found[1]) < int(found[1]):
-            raise UserError(f"--seeds {text[:80]}: wanted numbers and ranges such as 0-49 or 3,7,10-19")
-        ranges.append(range(int(found[1]), int(found[2] or found[1]) + 1))
-    count = sum(part.stop - part.start for part in ranges)
+    found = [re.fullmatch(r"([0-9]{1,18})(?:-([0-9]{1,18}))?", part.strip()) for part in text.split(",")]
+    ranges = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in found if part]
+    if len(ranges) < len(found) or not all(ranges):
+        raise UserError(f"--seeds {text[:80]}: wanted numbers and ranges such as 0-49 or 3,7,10-19")
+    count = sum(map(len, ranges))
     if count > MOST_SEEDS:
         raise UserError(f"--seeds {text[:80]}: these are {count:,} images; wanted at most {MOST_SEEDS:,} in one command")
     seeds = [seed for part in ranges for seed in part]
@@ -92,7 +88,7 @@ def sample(args, overrides, seeds):
     """Check everything, sample what is not there yet, write it and, if asked for, measure it; returns the exit code."""
     from sampling.load import load_net
     from sampling.outputs import Output, claim_folder, settings_of
-    from sampling.sample import check_sampler, classes_of, describe_bad, draw_first_grid, generate, image_decoder
+    from sampling.sample import batches_of, check_sampler, classes_of, describe_bad, generate, image_decoder, save_by_class
     from utils import distributed
     from utils.files import told
     from utils.logging import Progress, say
@@ -112,42 +108,40 @@ def sample(args, overrides, seeds):
     if args.ref_path:
         from fid.evaluate import Evaluator, format_result, save_result
         evaluator = Evaluator.from_config(dataclasses.replace(config.eval, num_images=len(seeds)))
-    outdir, settings = Path(args.outdir or default_folder(args.ckpt_path)), None
+    outdir = Path(args.outdir or default_folder(args.ckpt_path))
+    settings = settings_of(config, args.ckpt_path, args.which, class_idx, decode)
     if distributed.is_main():
-        settings = claim_folder(outdir, settings_of(config, args.ckpt_path, args.which, class_idx, decode))
+        claim_folder(outdir, settings)
     distributed.barrier()
     output = Output(outdir, args.format)
     there = output.seeds() if evaluator is None else set()
     todo = [seed for seed in seeds if seed not in there]
     distributed.barrier()  # all have looked before one writes
 
-    started = time.monotonic()
-    with told(outdir), Progress(len(todo), "sampling", "img") as progress:
-        bad, at_once = [], min(len(todo), config.sample.batchsize * distributed.world_size())
-
-        def after_step(steps):
-            progress.update(min(len(todo) - progress.n, steps * at_once / config.sample.num_steps))
-
-        for batch in generate(net, decode, todo, config.sample, device, class_idx, after_step):
+    steps = len(batches_of(todo, config.sample.batchsize)) * config.sample.num_steps
+    with told(outdir), Progress(steps, "sampling", "step") as progress:
+        bad = []
+        for batch in generate(net, decode, todo, config.sample, device, class_idx, progress.update):
             output.write(batch)
             bad += batch.bad_seeds
             if evaluator is not None:
                 evaluator.add(batch.images, batch.index)
             if batch.index == 0 and not args.no_grid and args.format != "latents":
-                draw_first_grid(outdir / "grid.png", batch, bool(class_idx), class_names)
+                shown = 8 * (len(class_idx) or 8)
+                labels = batch.class_labels[:shown].tolist() if class_idx else ()
+                save_by_class(outdir / "grid.png", batch.images[:shown], labels, class_names)
         bad = sum(distributed.all_gather_object(bad), [])
         if distributed.is_main():
             output.finish(lambda seeds: classes_of(seeds, net, class_idx), class_names)
-    rate = len(todo) / (time.monotonic() - started)
+    rate = len(todo) / (time.monotonic() - progress.started)
     already = f"; {len(seeds) - len(todo)} were there already" if len(todo) < len(seeds) else ""
     say(f"{len(todo)} images, {rate:.3g} per second on {distributed.world_size()} process(es){already}: {outdir}")
     if bad:
-        say(f"WARNING: {describe_bad(bad, len(todo))}; they were not written{', and no numbers were computed' if evaluator else ''}. "
-            f"Try sample.amp=no vae.amp=no, or another checkpoint")
+        say(f"WARNING: {describe_bad(bad, len(todo))}, which are not written and not measured. Try sample.amp=no vae.amp=no")
         return EXIT_BAD
     if evaluator is not None:
         result = evaluator.result()
-        result["settings"]["sampling"] = {**(settings or {}), "seeds": args.seeds}
+        result["settings"]["sampling"] = settings | {"seeds": args.seeds}
         say(format_result(result))
         save_result(outdir / "metrics.json", result)
     return 0
@@ -162,14 +156,10 @@ def default_folder(ckpt_path):
 
 def resolve_classes(class_idx, num_classes, class_names):
     """--class_idx, numbers or names, as a list of indices; [] when each seed draws its class."""
-    from utils.class_names import resolve_class
-
-    if not class_idx:
-        return []
-    if not num_classes:
+    if class_idx and not num_classes:
         raise UserError(f"--class_idx {' '.join(class_idx)}: this model has no classes; leave --class_idx out")
     names = class_names or [str(index) for index in range(num_classes)]
-    return [resolve_class(text, names) for text in class_idx]
+    return [resolve_class(text, names) for text in class_idx or ()]
 
 
 if __name__ == "__main__":

@@ -5,9 +5,8 @@ format; seeds that are there are not sampled again; other settings are refused.
 """
 
 import csv
-import heapq
 import json
-import math
+import shutil
 import zipfile
 
 import numpy as np
@@ -23,44 +22,39 @@ NPZ = {"npz": ("samples.npz", "arr_0"), "latents": ("latents.npz", "latents")}  
 
 
 def settings_of(config, ckpt_path, which, class_idx, decode):
-    """What the samples of a Config depend on, for `claim_folder`. decode: see `image_decoder`; None: they are latents."""
+    """What the samples of a Config depend on, {"sample.num_steps": 40, ...}. decode: see `image_decoder`; None: they are latents."""
+    settings = {"ckpt_path": str(ckpt_path), "checkpoint.sha256": checkpoint_digest(ckpt_path), "which": which, "class_idx": class_idx}
     plain = to_dict(config)
-    sample = {key: value for key, value in plain["sample"].items() if key not in ("batchsize", "compile")}
-    settings = {"ckpt_path": str(ckpt_path), "checkpoint": {"sha256": checkpoint_digest(ckpt_path), "weights": which},
-                "model": plain["model"], "sample": sample | {"class_idx": class_idx}}
+    for section in ("model", "sample"):
+        settings |= {f"{section}.{key}": value for key, value in plain[section].items() if key not in ("batchsize", "compile")}
     if decode is not None:
-        settings["vae"] = {"digest": decode.digest, "amp": config.vae.amp}
+        settings |= {"vae.digest": decode.digest, "vae.amp": config.vae.amp}
     return json.loads(json.dumps(settings).replace("Infinity", '"inf"'))  # JSON has no infinity
 
 
 def claim_folder(outdir, settings):
     """Make the folder for samples of these settings and note them in its settings.json. One process calls this.
 
-    settings: see `settings_of`; the sections are compared with those of the samples that are there, ckpt_path is not.
-    Returns the settings as they are noted. Raises UserError if the folder cannot be written, or holds samples of other settings
-    or other files.
+    Raises UserError if the folder cannot be written, or holds samples of other settings
+    or other files. The checkpoint's path may change, and the autoencoder if all samples so far are latents.
     """
     outdir = make_folder(outdir, "--outdir")
     note = outdir / "settings.json"
     if note.is_file():
         try:
-            then = {name: values for name, values in json.loads(note.read_text()).items() if isinstance(values, dict)}
+            then = json.loads(note.read_text())
+            free = {"ckpt_path"} | ({"vae.digest", "vae.amp"} - then.keys())
         except (ValueError, AttributeError) as error:
             raise UserError(f"{note} is not readable; give another --outdir, or delete this folder") from error
-        other = []
-        for section in settings.keys() - {"ckpt_path"}:
-            before = then.get(section, settings[section] if section == "vae" else {})  # latents do not depend on the autoencoder
-            other += [f"{section}.{key} {before.get(key)} there, {value} now" for key, value in settings[section].items()
-                      if before.get(key) != value]
+        other = [f"{key} {then.get(key)} there, {value} now" for key, value in settings.items()
+                 if key not in free and then.get(key) != value]
         if other:
-            raise UserError(f"{outdir} holds samples of other settings: {'; '.join(sorted(other))}. "
-                            f"Give another --outdir, or delete this folder")
+            raise UserError(f"{outdir} holds samples of other settings: {'; '.join(other)}. Give another --outdir, or delete this folder")
         settings = then | settings
     elif any(outdir.iterdir()):
         raise UserError(f"{outdir} holds other files; give another --outdir")
     with write_whole(note) as unfinished:
         unfinished.write_text(json.dumps(settings, indent=1))
-    return settings
 
 
 class Output:
@@ -78,7 +72,7 @@ class Output:
 
     def seeds(self):
         """The seeds whose samples are there."""
-        return self._in_folder() | set(self._in_npz())
+        return self._in_folder() | set(self._in_npz("seeds"))
 
     def write(self, batch):
         """Write the samples of a Batch that are finite, each whole or not at all; every process writes its own."""
@@ -112,13 +106,13 @@ class Output:
     def _in_folder(self):
         return {int(path.stem) for path in self.folder.glob(f"*{self.suffix}") if path.stem.isdigit()}
 
-    def _in_npz(self):
-        """The seeds in the .npz, in order."""
+    def _in_npz(self, name):
+        """An array of the .npz as a list of its rows, in order of seeds; empty if there is no file."""
         if self.npz is None or not self.npz.is_file():
             return []
         try:
             with np.load(self.npz) as content:
-                return content["seeds"].tolist()
+                return list(content[name])
         except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise UserError(f"{self.npz} is damaged, or another program's; give another --outdir, or delete it") from error
 
@@ -135,33 +129,20 @@ class Output:
 
     def _pack(self, classes_of):
         """Move the files of the folder into the .npz: its main array, `seeds`, in order, and `labels` if there are classes."""
-        new = sorted(self._in_folder() - set(self._in_npz()))
+        new = self._in_folder()
         if new:
-            seeds = sorted([*new, *self._in_npz()])
-            first, classes = np.load(self._path(new[0])), classes_of(seeds)
-            rows = heapq.merge(self._rows_in_npz(), ((seed, np.load(self._path(seed)).tobytes()) for seed in new))
+            old = dict(zip(self._in_npz("seeds"), self._in_npz(self.array_name)))
+            seeds = sorted(new | old.keys())
+            first = np.load(self._path(min(new)))
+            header = {"descr": first.dtype.str, "fortran_order": False, "shape": (len(seeds), *first.shape)}
             with write_whole(self.npz) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
                 with archive.open(f"{self.array_name}.npy", "w", force_zip64=True) as stream:
-                    np.lib.format.write_array_header_2_0(stream, {"descr": first.dtype.str, "fortran_order": False,
-                                                                  "shape": (len(seeds), *first.shape)})
-                    for _, row in rows:
-                        stream.write(row)
-                for name, array in (("seeds", seeds), ("labels", classes)):
+                    np.lib.format.write_array_header_2_0(stream, header)
+                    for seed in seeds:  # one by one: new samples may be more than memory holds
+                        stream.write((np.load(self._path(seed)) if seed in new else old[seed]).tobytes())
+                for name, array in (("seeds", seeds), ("labels", classes_of(seeds))):
                     if array is not None:
                         with archive.open(f"{name}.npy", "w") as stream:
                             np.save(stream, np.array(array))
-        for seed in self._in_folder():
-            self._path(seed).unlink()
         if self.folder.is_dir():
-            self.folder.rmdir()
-
-    def _rows_in_npz(self):
-        """Yield (seed, sample as bytes) one after the other: all together may be more than memory holds."""
-        seeds = self._in_npz()
-        if not seeds:
-            return
-        with zipfile.ZipFile(self.npz) as archive, archive.open(f"{self.array_name}.npy") as stream:
-            np.lib.format.read_magic(stream)
-            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-            for seed in seeds:
-                yield seed, stream.read(math.prod(shape[1:]) * dtype.itemsize)
+            shutil.rmtree(self.folder)

@@ -4,6 +4,7 @@ An image depends on its seed alone: everything it draws comes from its own gener
 class (when none is asked for), churn noise. Batch size and process count change only the order of sums inside matrix products.
 """
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -22,7 +23,6 @@ from utils.precision import autocast
 from utils.schema import SampleConfig
 
 CHOICES = ("solver", "discretization", "schedule", "scaling")  # setting one of them chooses the ablation sampler
-OPTIONS = ("num_steps", "sigma_min", "sigma_max", "rho", "S_churn", "S_min", "S_max", "S_noise", *CHOICES)
 MOST_ROWS = 16  # classes that a grid shows
 
 
@@ -31,22 +31,16 @@ MOST_ROWS = 16  # classes that a grid shows
 class SeedStreams:
     """One random generator per image seed (`seed % 2^32`), on the CPU, so that every device sees the same numbers."""
 
-    def __init__(self, seeds, device="cpu"):
+    def __init__(self, seeds):
         self.generators = [torch.Generator().manual_seed(int(seed) % 2**32) for seed in seeds]
-        self.device = device
-
-    def randn(self, shape):
-        """Unit normal (B, *shape) float32, one draw per seed."""
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
-
-    def randint(self, high):
-        """(B,) int64 in [0, high), one draw per seed."""
-        return torch.stack([torch.randint(high, (), generator=g) for g in self.generators]).to(self.device)
 
     def randn_like(self, x):
-        """Unit normal like x (B, ...), in x's dtype: what samplers ask for."""
-        drawn = torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in self.generators])
-        return drawn.to(x.device)
+        """Unit normal like x (B, ...), one draw per seed: what samplers ask for."""
+        return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=x.dtype) for g in self.generators]).to(x.device)
+
+    def randint(self, high):
+        """(B,) int64 in [0, high), one draw per seed, on the CPU."""
+        return torch.stack([torch.randint(high, (), generator=g) for g in self.generators])
 
 
 def draw_inputs(seeds, net, device, class_idx=()):
@@ -54,20 +48,17 @@ def draw_inputs(seeds, net, device, class_idx=()):
 
     class_idx: the classes asked for; seed s gets class_idx[s % len(class_idx)]. Empty: each seed draws its own class.
     """
-    streams = SeedStreams(seeds, device)
-    noise = streams.randn((net.in_channels, net.in_size, net.in_size))
+    streams = SeedStreams(seeds)
+    noise = streams.randn_like(torch.empty(len(seeds), net.in_channels, net.in_size, net.in_size, device=device))
     if not net.num_classes:
         return streams, noise, None
-    if class_idx:
-        return streams, noise, torch.tensor([class_idx[seed % len(class_idx)] for seed in seeds], device=device)
-    return streams, noise, streams.randint(net.num_classes)
+    asked = torch.tensor([class_idx[seed % len(class_idx)] for seed in seeds]) if class_idx else streams.randint(net.num_classes)
+    return streams, noise, asked.to(device)
 
 
 def classes_of(seeds, net, class_idx=()):
     """The class of each seed, as a list, or None for a net without classes."""
-    if not net.num_classes:
-        return None
-    return [int(draw_inputs([seed], net, "cpu", class_idx)[2]) for seed in seeds]
+    return [int(draw_inputs([seed], net, "cpu", class_idx)[2]) for seed in seeds] if net.num_classes else None
 
 
 def batches_of(seeds, batch_size):
@@ -87,17 +78,18 @@ def build_sampler(config):
     if name not in SAMPLERS:
         raise UserError(f"sample.sampler={name!r} is unknown; wanted one of {', '.join(SAMPLERS)}, or null")
     taken = {sampler: inspect.signature(function).parameters for sampler, function in SAMPLERS.items()}
-    options = {}
-    for key in OPTIONS:
-        value = getattr(config, key)
-        if value != getattr(SampleConfig, key) or (value is not None and key in taken[name]):
-            options[key] = value
-    for key, value in (options | config.options).items():
+    known = set().union(*taken.values())
+    options = dict(config.options)
+    for field in dataclasses.fields(SampleConfig):
+        value = getattr(config, field.name)
+        if field.name in known and (value != field.default or field.name in taken[name] and value is not None):
+            options[field.name] = value
+    for key, value in options.items():
         if key not in taken[name]:
             others = [sampler for sampler in SAMPLERS if key in taken[sampler]]
             raise UserError(f"sample.{'options.' * (key in config.options)}{key}={value} is not an option of the sampler {name}, "
                             + (f"but of {' and '.join(others)} (sample.sampler={others[0]})" if others else "nor of any other"))
-    return functools.partial(SAMPLERS[name], **options, **config.options)
+    return functools.partial(SAMPLERS[name], **options)
 
 
 def check_sampler(config):
@@ -158,7 +150,8 @@ def finite_rows(values):
 def image_decoder(vae_config, in_channels, device, latents=None, whose=""):
     """decode(latents (B, C, h, w)) -> (images (B, H, W, 3) uint8, finite (B,) bool), both numpy, by the autoencoder of a VAEConfig.
 
-    in_channels: those of the network. latents, whose: see `fit_decoder`. decode.digest names the autoencoder. Raises UserError if it cannot be loaded or does not fit.
+    in_channels: those of the network. latents, whose: see `fit_decoder`. decode.digest names the autoencoder.
+    Raises UserError if it cannot be loaded or does not fit.
     """
     autoencoder = load_autoencoder(vae_config.path, device)
     if autoencoder.latent_channels != in_channels:
@@ -191,28 +184,25 @@ def draw_grid(net, decode, config, device, path, class_names=None):
     config: Config; log.num_grid_images says how many. Models with few classes show all of them, others evenly spaced ones.
     """
     count, num_classes = config.log.num_grid_images, net.num_classes
-    rows = num_classes if 0 < num_classes <= MOST_ROWS else math.isqrt(count)
+    rows = num_classes if 0 < num_classes <= MOST_ROWS else min(math.isqrt(count), MOST_ROWS)
     columns = max(1, count // rows)
-    classes = [num_classes * row // rows for row in range(rows)]
-    class_idx = [index for index in classes for _ in range(columns)] if num_classes else ()
+    class_idx = [num_classes * row // rows for row in range(rows) for _ in range(columns)] if num_classes else ()
     seeds, size = list(range(rows * columns)), config.sample.batchsize
     parts = [decode(sample_latents(net, seeds[i:i + size], config.sample, device, class_idx)[0]) for i in range(0, len(seeds), size)]
     images, finite = map(np.concatenate, zip(*parts))
     if not finite.all():
         say(f"WARNING: sample grid: {describe_bad(np.array(seeds)[~finite].tolist(), len(seeds))}")
-    return save_grid(path, images, labels=[class_name(index, class_names) for index in classes] if num_classes else None, columns=columns)
+    return save_by_class(path, images, class_idx, class_names)
 
 
-def draw_first_grid(path, batch, by_class, class_names=None):
-    """Save a picture of a Batch: up to 64 images as they come or, by_class, up to 8 of each class in a row, if the classes are few."""
-    labels = batch.class_labels.cpu().numpy() if by_class else np.array([])
-    classes, counts = np.unique(labels, return_counts=True)
+def save_by_class(path, images, class_labels, class_names=None):
+    """Save images (N, H, W, 3) uint8, a row for each class, all rows of the same length; many classes or none: as they come."""
+    class_labels = np.array(class_labels)
+    classes, counts = np.unique(class_labels, return_counts=True)
     if not 0 < len(classes) <= MOST_ROWS:
-        save_grid(path, batch.images[:64])
-        return
-    columns = min(8, counts.min())
-    images = np.concatenate([batch.images[labels == index][:columns] for index in classes])
-    save_grid(path, images, labels=[class_name(index, class_names) for index in classes], columns=columns)
+        return save_grid(path, images)
+    images = np.concatenate([images[class_labels == index][:counts.min()] for index in classes])
+    return save_grid(path, images, labels=[class_name(index, class_names) for index in classes])
 
 
 def class_name(index, class_names=None):

@@ -129,7 +129,7 @@ def test_generate_finds_the_number_that_training_logged(runs, trained, tiny_vae,
     assert result["numbers"]["FD-pixels"] == pytest.approx(metrics(trained)[-1]["FD-pixels"], rel=1e-9)
     assert "not computed: sfid is defined on the inception embedding only" in said and "too few" in said
     sampling = result["settings"]["sampling"]
-    assert sampling["ckpt_path"] == str(checkpoint) and sampling["sample"]["num_steps"] == 2 and sampling["seeds"] == "0-6"
+    assert sampling["ckpt_path"] == str(checkpoint) and sampling["sample.num_steps"] == 2 and sampling["seeds"] == "0-6"
     assert not (tmp_path / "out" / "images").exists()
 
 

@@ -137,8 +137,8 @@ def test_classes_by_name_are_in_labels_csv_and_settings(generate, tmp_path):
     generate("--seeds", "0-2", "--class_idx", "lingon", "blåbär", "sample.num_steps=3", "--outdir", tmp_path / "out")
     assert (tmp_path / "out" / "labels.csv").read_text(encoding="utf-8").splitlines()[1:] == [
         "images/000000.png,0,2,lingon", "images/000001.png,1,0,blåbär", "images/000002.png,2,2,lingon"]
-    sample = json.loads((tmp_path / "out" / "settings.json").read_text())["sample"]
-    assert sample["class_idx"] == [2, 0] and sample["num_steps"] == 3
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert settings["class_idx"] == [2, 0] and settings["sample.num_steps"] == 3
 
 
 # ------------------------------------------------------------------------------------------------ mistakes
@@ -200,6 +200,6 @@ def test_images_with_nan_are_counted_and_named_and_not_measured(generate, tmp_pa
     np.savez(tmp_path / "real.npz", arr_0=np.random.default_rng(0).integers(0, 256, (9, 32, 32, 3), dtype=np.uint8))
     said = generate("--seeds", "0-7", "--class_idx", 0, 2, 1, 0, "--outdir", tmp_path / "out", "--ref_path", tmp_path / "real.npz",
                     "eval.embedding=pixels", path=path, processes=processes, code=EXIT_BAD)
-    assert "WARNING: 2 of 8 images have NaN or Inf: seeds 1, 5; they were not written, and no numbers were computed" in said
+    assert "WARNING: 2 of 8 images have NaN or Inf: seeds 1, 5, which are not written and not measured" in said
     assert not (tmp_path / "out" / "metrics.json").exists()
     assert [name for name in names(tmp_path / "out") if name.startswith("images")] == [f"images/00000{seed}.png" for seed in (0, 2, 3, 4, 6, 7)]

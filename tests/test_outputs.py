@@ -153,14 +153,14 @@ def test_settings_are_noted_as_json_and_the_same_ones_pass(tmp_path):
     for _ in range(2):
         claim_folder(tmp_path / "out", settings(tmp_path))
     noted = json.loads((tmp_path / "out" / "settings.json").read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert noted["sample"]["S_max"] == "inf" and noted["sample"]["num_steps"] == 40 and len(noted["checkpoint"]["sha256"]) == 64
+    assert noted["sample.S_max"] == "inf" and noted["sample.num_steps"] == 40 and len(noted["checkpoint.sha256"]) == 64
     claim_folder(tmp_path / "out", settings(tmp_path, batchsize=3, compile=True))  # no pixel depends on them
 
 
 @pytest.mark.parametrize("changed, message", [
     ({"checkpoint": b"others"}, r"checkpoint.sha256 [0-9a-f]{64} there, [0-9a-f]{64} now"),
     ({"cfg_scale": 3.0}, "sample.cfg_scale 1.0 there, 3.0 now"),
-    ({"cfg_scale": 3.0, "class_idx": [2]}, r"sample.cfg_scale 1.0 there, 3.0 now; sample.class_idx \[\] there, \[2\] now"),
+    ({"cfg_scale": 3.0, "class_idx": [2]}, r"class_idx \[\] there, \[2\] now; sample.cfg_scale 1.0 there, 3.0 now"),
     ({"cfg_interval": (0.1, 2.0)}, r"sample.cfg_interval None there, \[0.1, 2.0\] now"),
     ({"vae": "b" * 16}, "vae.digest a{16} there, b{16} now"),
 ])

@@ -10,8 +10,8 @@ from PIL import Image
 import models
 from models import SAMPLERS, ablation_sampler, edm_sampler
 from sampling import sample
-from sampling.sample import (SeedStreams, batches_of, build_sampler, check_sampler, classes_of, describe_bad, draw_first_grid, draw_grid,
-                             draw_inputs, generate, image_decoder, latents_to_uint8, sample_latents)
+from sampling.sample import (SeedStreams, batches_of, build_sampler, check_sampler, classes_of, describe_bad, draw_grid, draw_inputs,
+                             generate, image_decoder, latents_to_uint8, sample_latents, save_by_class)
 from utils.cli import UserError
 from utils.schema import Config, LogConfig, SampleConfig, VAEConfig
 
@@ -44,14 +44,15 @@ def test_streams_draw_noise_then_class_then_churn():
     label = torch.randint(5, (), generator=generator)
     churn = torch.randn(4, 8, 8, generator=generator, dtype=torch.float64)
     streams = SeedStreams([3, 7])
-    assert torch.equal(streams.randn((4, 8, 8))[1], noise)
+    assert torch.equal(streams.randn_like(torch.zeros(2, 4, 8, 8))[1], noise)
     assert streams.randint(5)[1] == label
     assert torch.equal(streams.randn_like(torch.zeros(2, 4, 8, 8, dtype=torch.float64))[1], churn)
 
 
 def test_seeds_wrap_at_2_to_the_32():
-    assert torch.equal(SeedStreams([5]).randn((3,)), SeedStreams([2**32 + 5]).randn((3,)))
-    assert not torch.equal(SeedStreams([5]).randn((3,)), SeedStreams([2**31 + 5]).randn((3,)))
+    x = torch.zeros(1, 3)
+    assert torch.equal(SeedStreams([5]).randn_like(x), SeedStreams([2**32 + 5]).randn_like(x))
+    assert not torch.equal(SeedStreams([5]).randn_like(x), SeedStreams([2**31 + 5]).randn_like(x))
 
 
 def test_latents_are_those_of_the_noise_and_class_that_the_seed_draws(net):
@@ -191,13 +192,13 @@ def test_a_bug_in_a_sampler_is_no_user_error(monkeypatch):
 
 def poisoned(monkeypatch, seed):
     """From now on the noise of this seed is NaN."""
-    def randn(streams, shape, original=SeedStreams.randn):
-        noise = original(streams, shape)
+    def randn_like(streams, x, original=SeedStreams.randn_like):
+        noise = original(streams, x)
         own = torch.Generator().manual_seed(seed)
-        bad = (noise == torch.randn(shape, generator=own)).flatten(1).all(dim=1)
+        bad = (noise == torch.randn(x.shape[1:], generator=own)).flatten(1).all(dim=1)
         return torch.where(bad.view(-1, 1, 1, 1), torch.nan, noise)
 
-    monkeypatch.setattr(SeedStreams, "randn", randn)
+    monkeypatch.setattr(SeedStreams, "randn_like", randn_like)
 
 
 def test_images_with_nan_are_told_by_seed(net, monkeypatch):
@@ -268,11 +269,9 @@ def test_grid_of_many_classes_shows_evenly_spaced_ones(monkeypatch, tmp_path):
     assert labels == [0] * 3 + [33] * 3 + [66] * 3
 
 
-def batch_of(labels):
-    """A Batch of images of 64 pixels, each filled with its number."""
-    count = len(labels)
-    images = np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1) + np.zeros((1, 64, 64, 3), np.uint8)
-    return sample.Batch(0, list(range(count)), torch.tensor(labels), torch.zeros(count, 4, 8, 8), images, np.ones(count, bool))
+def numbered(count):
+    """Images of 64 pixels, each filled with its number."""
+    return np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1) + np.zeros((1, 64, 64, 3), np.uint8)
 
 
 def cells(path, rows, columns):
@@ -280,12 +279,11 @@ def cells(path, rows, columns):
     return picture.reshape(rows, 64, columns, 64, 3)[:, 0, :, 0, 0].tolist()
 
 
-def test_first_grid_has_a_row_per_class_without_gaps(tmp_path):
-    draw_first_grid(tmp_path / "grid.png", batch_of([2, 0, 2, 0, 2]), by_class=True)
+def test_classes_are_rows_without_gaps(tmp_path):
+    save_by_class(tmp_path / "grid.png", numbered(5), [2, 0, 2, 0, 2])
     assert cells(tmp_path / "grid.png", 2, 2) == [[1, 3], [0, 2]]
-    draw_first_grid(tmp_path / "grid.png", batch_of([1] * 20), by_class=True)
+    save_by_class(tmp_path / "grid.png", numbered(8), [1] * 8)
     assert cells(tmp_path / "grid.png", 1, 8) == [list(range(8))]
-    draw_first_grid(tmp_path / "grid.png", batch_of(list(range(20))), by_class=True)  # more classes than rows: as they come
-    assert Image.open(tmp_path / "grid.png").size == (5 * 64 + 12, 4 * 64 + 12)
-    draw_first_grid(tmp_path / "grid.png", batch_of([1] * 70), by_class=False)
-    assert Image.open(tmp_path / "grid.png").size == (8 * 64 + 12, 8 * 64 + 12)
+    for labels in (list(range(20)), ()):  # more classes than rows, or none: as they come
+        save_by_class(tmp_path / "grid.png", numbered(20), labels)
+        assert Image.open(tmp_path / "grid.png").size == (5 * 64 + 12, 4 * 64 + 12)
