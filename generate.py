@@ -118,7 +118,7 @@ def sample(args, overrides, seeds):
     todo = [seed for seed in seeds if seed not in there]
     distributed.barrier()  # all have looked before one writes
 
-    steps = len(batches_of(todo, config.sample.batchsize)) * config.sample.num_steps
+    started, steps = time.monotonic(), len(batches_of(todo, config.sample.batchsize)) * config.sample.num_steps
     with told(outdir), Progress(steps, "sampling", "step") as progress:
         bad = []
         for batch in generate(net, decode, todo, config.sample, device, class_idx, progress.update):
@@ -133,7 +133,7 @@ def sample(args, overrides, seeds):
         bad = sum(distributed.all_gather_object(bad), [])
         if distributed.is_main():
             output.finish(lambda seeds: classes_of(seeds, net, class_idx), class_names)
-    rate = len(todo) / (time.monotonic() - progress.started)
+    rate = len(todo) / (time.monotonic() - started)
     already = f"; {len(seeds) - len(todo)} were there already" if len(todo) < len(seeds) else ""
     say(f"{len(todo)} images, {rate:.3g} per second on {distributed.world_size()} process(es){already}: {outdir}")
     if bad:

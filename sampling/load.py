@@ -5,7 +5,6 @@ sha256), which training/checkpoint.py writes.
 """
 
 import argparse
-import dataclasses
 import functools
 import json
 import math
@@ -19,14 +18,12 @@ import torch
 
 from models import build_model
 from models.layers import sincos_positions
-from models.maskdit import SIZES
 from utils.class_names import load_imagenet_class_names
 from utils.cli import UserError
 from utils.config import from_dict, gone_keys, load_config, model_arguments
 from utils.files import file_sha256
 from utils.logging import say
 from utils.precision import DTYPES, effective_amp, use_compile
-from utils.schema import ModelConfig
 
 PARTS = {"model": dict, "ema": dict, "opt": dict, "step": int, "images_seen": int, "config": dict, "latents": dict}  # of a checkpoint
 say_once = functools.cache(say)  # the grids and the evaluations of a run each load a decoder
@@ -86,10 +83,8 @@ def strip_prefixes(name):
 
 def steps_done(checkpoint):
     """Optimizer steps behind a checkpoint: ours say so; the published ones hold it in AdamW's state. 0 if neither does."""
-    if "step" in checkpoint:
-        return int(checkpoint["step"])
     states = checkpoint.get("opt", {}).get("state", {})
-    return max((int(state["step"]) for state in states.values() if "step" in state), default=0)
+    return int(checkpoint.get("step") or max((state.get("step", 0) for state in states.values()), default=0))
 
 
 def load_weights_into(net, weights, path, skip_mismatched=False, remedy="check the model section of the config", tell=say):
@@ -173,15 +168,13 @@ def manifest_path(path):
 def load_net(path, which, config_path, overrides, device):
     """Load a checkpoint's network, ready to sample: (net, its Config, class names or None, latents as `fit_decoder` takes them).
 
-    config_path: a YAML file, or None: then the config comes from the checkpoint or, if that has none, from the shapes of its
-    weights. overrides: key=value, over both.
+    config_path: a YAML file, or None if the checkpoint carries its config. overrides: key=value, over both.
     """
     checkpoint = load_checkpoint(path)
     weights = weights_of(checkpoint, which, path)
-    base = _config_of(checkpoint, path) if "config" in checkpoint else None
-    if base is None and config_path is None:
-        base = dataclasses.replace(load_config(), model=infer_model_config(weights, path))
-    config = load_config(config_path, overrides, base)
+    if config_path is None and "config" not in checkpoint:
+        raise UserError(f"checkpoint {path} carries no config; describe its network with --config (configs/test/ is for the published ones)")
+    config = load_config(config_path, overrides, _config_of(checkpoint, path))
     net = build_model(**model_arguments(config)).to(device).eval().requires_grad_(False)
     load_weights_into(net, weights, path)
     prepare_network(net, config.sample, device)
@@ -192,11 +185,12 @@ def load_net(path, which, config_path, overrides, device):
 
 
 def _config_of(checkpoint, path):
+    """The Config that a checkpoint carries, of this version or an older one; the defaults if it carries none."""
     try:
-        config = from_dict(checkpoint["config"], forgive=True)
+        config = from_dict(checkpoint.get("config", {}), forgive=True)
     except UserError as error:
         raise UserError(f"checkpoint {path}, in its config: {error}") from error
-    if gone := gone_keys(checkpoint["config"]):
+    if gone := gone_keys(checkpoint.get("config", {})):
         say(f"checkpoint {path} was written by an older version; without effect today: {some_of(gone)}")
     return config
 
@@ -228,26 +222,3 @@ def fit_decoder(autoencoder, latents, whose, vae_path):
         if not made_by and not np.allclose(theirs, own, rtol=1e-5):
             say_once(f"{whose} has latents of {name} {theirs} by an unknown autoencoder; they are decoded with that {name}, not with "
                      f"the {own} of vae.path={vae_path}. If the images look wrong, {wanted}")
-
-
-def infer_model_config(weights, path):
-    """The ModelConfig of a state dict that comes without one, read from its shapes. Raises UserError if they do not tell."""
-    try:
-        width, in_channels, patch_size, _ = weights["model.x_embedder.proj.weight"].shape
-        num_tokens = weights["model.pos_embed"].shape[1]
-    except KeyError as error:
-        raise UserError(f"checkpoint {path} is no MaskDiT: it has no {error}") from error
-    depth = _count_blocks(weights, "model.blocks.")
-    letter = next((letter for letter, size in SIZES.items() if (size.depth, size.width) == (depth, width)), None)
-    table = weights.get("model.y_embedder.embedding_table.weight")
-    positions = weights.get("model.decoder_pos_embed")
-    if letter is None or (positions is not None and positions.shape[2] != ModelConfig.decoder_width):
-        raise UserError(f"checkpoint {path} (depth {depth}, width {width}) is none of the sizes S, B, L, XL, H, so its number of "
-                        f"heads is unknown; describe it with --config")
-    return ModelConfig(model_type=f"DiT-{letter}/{patch_size}", in_size=math.isqrt(num_tokens) * patch_size, in_channels=in_channels,
-                       num_classes=0 if table is None else table.shape[1], use_decoder=positions is not None,
-                       decoder_depth=_count_blocks(weights, "model.decoder_blocks.") or ModelConfig.decoder_depth)
-
-
-def _count_blocks(weights, prefix):
-    return len({name.removeprefix(prefix).split(".")[0] for name in weights if name.startswith(prefix)})

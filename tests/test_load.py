@@ -1,7 +1,6 @@
 """Reading checkpoints: checked before use, never executed; weights into networks."""
 
 import argparse
-import dataclasses
 import pickle
 import random
 from collections import OrderedDict
@@ -11,12 +10,12 @@ import torch
 
 import models
 from models.layers import sincos_positions
-from sampling.load import (checkpoint_digest, file_sha256, fit_decoder, infer_model_config, load_checkpoint, load_net, load_weights_into,
+from sampling.load import (checkpoint_digest, file_sha256, fit_decoder, load_checkpoint, load_net, load_weights_into,
                            steps_done, strip_prefixes, weights_of)
 from training.checkpoint import write_checkpoint
 from utils.cli import UserError
 from utils.config import load_config, model_arguments, to_dict
-from utils.schema import Config, ModelConfig
+
 
 SIZES = dict(in_channels=4, depth=1, width=16, num_heads=2, decoder_depth=1, decoder_width=16, decoder_num_heads=2)
 
@@ -240,23 +239,6 @@ def test_positions_of_another_resolution_are_interpolated(capsys):
     assert torch.equal(neighbours, wanted)  # each new patch is nearest to the old one that it lies in
 
 
-# ------------------------------------------------------------------------------------------------ without a config
-
-@pytest.mark.parametrize("options", [{}, {"num_classes": 0}, {"use_decoder": False}, {"in_size": 16, "model_type": "DiT-S/4"}])
-def test_config_is_inferred_from_published_shapes(options):
-    config = dataclasses.replace(ModelConfig(model_type="DiT-S/8"), **options)
-    with torch.device("meta"):
-        weights = models.build_model(**model_arguments(Config(model=config))).state_dict()
-    assert infer_model_config(weights, "file.pt") == config
-
-
-def test_odd_sizes_cannot_be_inferred():
-    with pytest.raises(ValueError, match="file.pt.*--config"):
-        infer_model_config(models.build_model("DiT-S/2", in_size=8, num_classes=5, **SIZES).state_dict(), "file.pt")
-    with pytest.raises(ValueError, match="no MaskDiT"):
-        infer_model_config({"a": torch.zeros(1)}, "file.pt")
-
-
 # ------------------------------------------------------------------------------------------------ networks
 
 def saved_net(path, config=(), **extra):
@@ -284,6 +266,18 @@ def test_network_comes_with_its_config_and_what_its_checkpoint_says(tmp_path):
     assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
     half = load_net(path, "ema", None, ["sample.amp=bf16"], torch.device("cpu"))[0]
     assert half.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+
+
+def test_a_checkpoint_without_config_asks_for_one_and_takes_it(tmp_path):
+    """As the published ones."""
+    net = saved_net(tmp_path / "ours.pt")
+    torch.save({"ema": net.state_dict()}, tmp_path / "theirs.pt")
+    with pytest.raises(UserError, match="checkpoint .*theirs.pt carries no config; describe its network with --config"):
+        load_net(tmp_path / "theirs.pt", "ema", None, [], torch.device("cpu"))
+    sizes = "".join(f"  {key}: {value}\n" for key, value in SIZES.items())
+    (tmp_path / "net.yaml").write_text(f"model:\n  model_type: DiT-S/2\n  in_size: 8\n  num_classes: 3\n{sizes}")
+    found = load_net(tmp_path / "theirs.pt", "ema", tmp_path / "net.yaml", [], torch.device("cpu"))[0]
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in found.state_dict().items())
 
 
 def test_a_bad_value_in_a_checkpoints_config_names_the_file(tmp_path):
