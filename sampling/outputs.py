@@ -49,7 +49,8 @@ def claim_folder(outdir, settings):
         other = [f"{key} {then.get(key)} there, {value} now" for key, value in settings.items()
                  if key not in free and then.get(key) != value]
         if other:
-            raise UserError(f"{outdir} holds samples of other settings: {'; '.join(other)}. Give another --outdir, or delete this folder")
+            raise UserError(f"{outdir} holds samples of other settings: {'; '.join(sorted(other))}. "
+                            f"Give another --outdir, or delete this folder")
         settings = then | settings
     elif any(outdir.iterdir()):
         raise UserError(f"{outdir} holds other files; give another --outdir")

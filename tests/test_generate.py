@@ -152,7 +152,7 @@ def test_classes_by_name_are_in_labels_csv_and_settings(generate, tmp_path):
     (["--class_idx", "gurka"], "gurka"),
     (["--vae", "nowhere.pth"], "no autoencoder at nowhere.pth"),
     (["--seeds", "0-999999999999"], "these are 1,000,000,000,000 images"),
-    (["--num_process_per_node", "-2"], "--num_process_per_node -2: wanted 1 or more"),
+    (["--num_process_per_node", "-2"], "--num_process_per_node -2: wanted 1 to"),
     (["sample.num_steps=["], "sample.num_steps=["),
     (["--ref_path", "nowhere.npz"], "nowhere.npz"),
 ])

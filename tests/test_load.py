@@ -10,12 +10,11 @@ import torch
 
 import models
 from models.layers import sincos_positions
-from sampling.load import (checkpoint_digest, file_sha256, fit_decoder, load_checkpoint, load_net, load_weights_into,
-                           steps_done, strip_prefixes, weights_of)
+from sampling.load import (checkpoint_digest, file_sha256, fit_decoder, load_checkpoint, load_net, load_weights_into, steps_done,
+                           strip_prefixes, weights_of)
 from training.checkpoint import write_checkpoint
 from utils.cli import UserError
 from utils.config import load_config, model_arguments, to_dict
-
 
 SIZES = dict(in_channels=4, depth=1, width=16, num_heads=2, decoder_depth=1, decoder_width=16, decoder_num_heads=2)
 
