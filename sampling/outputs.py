@@ -81,8 +81,8 @@ class Output:
             return
         values = batch.latents.cpu().numpy() if self.format == "latents" else batch.images
         self.folder.mkdir(exist_ok=True)
-        for seed, value, finite in zip(batch.seeds, values, batch.finite):
-            if finite:
+        for seed, value in zip(batch.seeds, values):
+            if seed not in batch.bad_seeds:
                 self._write_one(self._path(seed), value)
 
     def _write_one(self, path, value):

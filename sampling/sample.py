@@ -116,18 +116,14 @@ def sample_latents(net, seeds, config, device, class_idx=(), progress=None):
 
 
 class Batch(NamedTuple):
-    """Samples of one batch of seeds. finite is False where the latents or the image have NaN or Inf."""
+    """Samples of one batch of seeds. bad_seeds: those whose latents or image have NaN or Inf."""
 
     index: int
     seeds: list
     class_labels: torch.Tensor | None  # (B,)
     latents: torch.Tensor              # (B, C, H, W) float32
     images: np.ndarray | None          # (B, H, W, 3) uint8
-    finite: np.ndarray                 # (B,) bool
-
-    @property
-    def bad_seeds(self):
-        return [seed for seed, finite in zip(self.seeds, self.finite) if not finite]
+    bad_seeds: list
 
 
 def generate(net, decode, seeds, config, device, class_idx=(), progress=None):
@@ -139,7 +135,7 @@ def generate(net, decode, seeds, config, device, class_idx=(), progress=None):
     for index, batch in batches_of(seeds, config.batchsize):
         latents, class_labels = sample_latents(net, batch, config, device, class_idx, progress)
         images, finite = decode(latents) if decode is not None else (None, finite_rows(latents))
-        yield Batch(index, batch, class_labels, latents, images, finite)
+        yield Batch(index, batch, class_labels, latents, images, np.array(batch)[~finite].tolist())
 
 
 def finite_rows(values):

@@ -113,7 +113,7 @@ def test_generate_yields_fixed_batches_in_order(net):
     batches = list(generate(net, latents_to_uint8, list(range(10)), FAST, CPU))
     assert [batch.index for batch in batches] == [0, 1, 2]
     assert [batch.seeds for batch in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
-    assert batches[0].images.shape == (4, 8, 8, 3) and batches[0].images.dtype == np.uint8 and batches[0].finite.all()
+    assert batches[0].images.shape == (4, 8, 8, 3) and batches[0].images.dtype == np.uint8 and batches[0].bad_seeds == []
     assert torch.equal(batches[2].latents, sample_latents(net, [8, 9], FAST, CPU)[0])
 
 
