@@ -13,7 +13,8 @@ from training_runs import ROOT, SETTINGS, metrics
 from dataset.formats import open_latents
 from dataset.stream import stream_indices
 from models import EDMLoss, TokenMask, build_model, sample_moments
-from training.loop import TrainState, fit, step_seed, train_step
+from models.layers import DiTBlock
+from training.loop import TrainState, fit, prepare_model, step_seed, train_step
 from utils.cli import EXIT_BAD, EXIT_STOPPED, StopNotice, UserError
 from utils.config import load_config, model_arguments
 
@@ -415,6 +416,57 @@ def test_a_resumed_run_compiles_for_the_shapes_that_the_new_run_compiled_for(lat
     resumed.resume(torch.load(tmp_path / "new" / "checkpoints" / "0000008.pt", weights_only=True))
     fit(resumed, tmp_path / "resumed", latents, encode, StopNotice())
     assert seen[0] == shapes and torch.equal(weights(resumed), weights(new))
+
+
+@pytest.mark.parametrize("settings, counts", [({}, [8, 9, 16]), ({"mask_ratio": 0.8}, [3, 8, 16]), ({"mask_ratio_min": 0.4}, [8, 9]),
+                                              ({"mask_ratio_fn": "constant"}, [])])
+def test_token_counts_to_come_are_rehearsed_before_the_first_step(settings, counts):
+    """The first one, one that differs from it in being divisible by 8, the last one. Nothing of it stays."""
+    state, passes = make_state(**{f"train__{key}": value for key, value in settings.items()}), []
+    before, random_state = weights(state), torch.get_rng_state()
+
+    class Recorded(EDMLoss):
+        def terms(self, latents, noised, denoised, sigma, mask):
+            passes.append(16 if mask is None else mask.num_keep)
+            assert len(latents) == 2  # a round's
+            return super().terms(latents, noised, denoised, sigma, mask)
+
+    assert prepare_model(state, Recorded(patch_size=2), None) is state.net
+    assert passes == counts
+    assert torch.equal(weights(state), before) and torch.equal(torch.get_rng_state(), random_state)
+    assert all(p.grad is None for p in state.net.parameters()) and not state.optimizer.state
+
+
+def test_memory_that_will_run_out_at_the_end_of_a_schedule_is_told_before_the_first_step(latents, tmp_path, monkeypatch):
+    def small_gpu(self, tokens, c):
+        if tokens.shape[1] == 16 and tokens.shape[2] == 32:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, tokens, c)
+
+    forward = DiTBlock.forward
+    monkeypatch.setattr(DiTBlock, "forward", small_gpu)
+    state = make_state(model__width=32)  # the decoder, of width 16, fits
+    with pytest.raises(torch.OutOfMemoryError):
+        fit(state, tmp_path, latents, encode, StopNotice())
+    assert state.step == 0
+
+
+def test_nothing_is_compiled_after_the_first_step_has_begun(latents, tmp_path, monkeypatch, compile_with):
+    compiled = {"before": 0, "later": 0}
+
+    def count(graph, inputs):
+        compiled["later" if begun else "before"] += 1
+        return graph
+
+    def step(*arguments):
+        begun.append(True)
+        return train_step(*arguments)
+
+    begun = []
+    compile_with(count)
+    monkeypatch.setattr("training.loop.train_step", step)
+    fit(make_state(model__width=32), tmp_path, latents, encode, StopNotice())
+    assert len(begun) == 12 and compiled["before"] and not compiled["later"]
 
 
 # ------------------------------------------------------------------------------------------------ what a step goes through
