@@ -11,10 +11,11 @@ COPY requirements.txt /tmp/requirements.txt
 RUN python -c "from importlib.metadata import version; [print(f'{name}=={version(name)}') for name in ('torch', 'torchvision')]" > /tmp/base.txt \
     && python -m pip install --no-cache-dir -r /tmp/requirements.txt -c /tmp/base.txt
 
-# A home that anyone may write to, and a name for it: with --user any id works, also one without an entry in /etc/passwd.
+# A home and assets/ that anyone may write to, and a name for the home: with --user any id works, also one without an entry in /etc/passwd.
 RUN useradd --create-home maskdit && chmod 777 /home/maskdit && install -d -m 777 -o maskdit /maskdit
 ENV HOME=/home/maskdit LOGNAME=maskdit PYTHONUNBUFFERED=1 MASKDIT_PYTHON=python3
 WORKDIR /maskdit
 COPY --chown=maskdit . .
+RUN find assets -type d -exec chmod 777 {} +
 USER maskdit
 CMD ["bash", "scripts/demo.sh"]
