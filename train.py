@@ -29,8 +29,8 @@ def make_encode(config, dataset, device):
     @torch.no_grad()
     def encode(images, generator):
         with torch.autocast(device.type, enabled=False), autocast(config.vae.amp, device):
-            moments = autoencoder.encode_moments(images.float() / 127.5 - 1)
-        return sample_moments(moments, generator, autoencoder.scale, autoencoder.shift)
+            parts = [autoencoder.encode_moments(part.float() / 127.5 - 1) for part in images.split(config.vae.batchsize)]
+        return sample_moments(torch.cat(parts), generator, autoencoder.scale, autoencoder.shift)
 
     return encode, {"scale": autoencoder.scale, "shift": autoencoder.shift, "vae": autoencoder.digest}
 

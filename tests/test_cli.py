@@ -20,7 +20,7 @@ def run_main(body, **environment):
     """Run `def main(): body` under cli.run in a process of its own."""
     lines = "".join(f"    {line}\n" for line in body.splitlines())
     code = f"import os, signal, sys, time\nfrom utils import cli\nfrom utils.cli import *\ndef main():\n{lines}cli.run(main)\n"
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASKDIT_DEBUG")}
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "MASKDIT_DEBUG")}
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept | environment, capture_output=True, text=True, timeout=60)
 
 
@@ -65,6 +65,8 @@ def test_ctrl_c_is_told():
 def test_before_processes_are_connected_the_first_speaks_for_all():
     said = [run_main("raise UserError('no config')", RANK=str(rank)) for rank in range(2)]
     assert [(done.returncode, done.stderr) for done in said] == [(2, "error: no config\n"), (2, "")]
+    second_node = run_main("raise UserError('too few GPUs')", RANK="8", LOCAL_RANK="0")  # perhaps nobody but this node finds it
+    assert second_node.stderr == "error: too few GPUs\n"
     bug = run_main("int('x')", RANK="1")
     assert bug.returncode == 1 and bug.stderr.startswith("Traceback")
 

@@ -274,6 +274,25 @@ def test_numbers_that_cannot_be_are_told_before_anything_starts(monkeypatch, wro
         distributed.launch("nothing.py", [], **{"num_processes": 2, **wrong})
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_every_process_finds_at_once_that_there_are_more_than_gpus(monkeypatch, rank):
+    """Before it waits for the others: with RANK alone, meeting them would be an error about MASTER_ADDR."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 3}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UserError, match=r"3 processes on \S+, which has 2 GPU\(s\); start at most 2 there"):
+        distributed.init()
+
+
+@pytest.mark.parametrize("given, wanted", [({}, "expandable_segments:True"), ({"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, "backend:native"),
+                                           ({"PYTORCH_ALLOC_CONF": "backend:native"}, None)])
+def test_gpu_memory_grows_in_segments_unless_the_user_says_otherwise(monkeypatch, given, wanted):
+    monkeypatch.setattr(os, "environ", given)
+    distributed.init()
+    assert given.get("PYTORCH_CUDA_ALLOC_CONF") == wanted
+
+
 LONG = {"train__max_num_steps": 400, "log__ckpt_every": 300}
 
 

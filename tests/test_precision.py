@@ -43,17 +43,28 @@ def test_auto_compiles_on_a_gpu_and_never_on_a_cpu():
 def test_deterministic_kernels_are_asked_for_with_and_without_the_compiler(monkeypatch, compiled):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    for name in ("TORCHINDUCTOR_COMPILE_THREADS", "NCCL_ALGO", "CUDA_PATH"):
+        monkeypatch.setenv(name, "set by the user")
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         precision.setup_backends(tf32=False, deterministic=True, compiled=compiled)
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert os.environ["NCCL_ALGO"] == os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "set by the user"
         assert not torch.utils.deterministic.fill_uninitialized_memory
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it flash attention's backward pass is not deterministic
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+@pytest.mark.parametrize("cores, processes, threads", [(16, 4, "4"), (2, 8, "1"), (192, 1, "32")])
+def test_processes_share_the_cores_among_their_compile_workers(monkeypatch, cores, processes, threads):
+    monkeypatch.setattr(os, "environ", {"LOCAL_WORLD_SIZE": str(processes)})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    precision.setup_backends(tf32=False, deterministic=False, compiled=True)
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == threads
 
 
 def test_compiling_on_a_cpu_does_not_warn_of_cuda(tmp_path):

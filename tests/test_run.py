@@ -142,6 +142,49 @@ def test_images_whose_latents_the_model_does_not_take_are_told_before_it_is_made
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_nccl_is_told_which_sums_to_leave_out_before_processes_are_connected(monkeypatch, tmp_path, deterministic):
+    """Reductions inside the switches (NVLS) differ from call to call. torch must know of determinism by then, too."""
+    import torch
+    import train_latent
+
+    def init(timeout_s):
+        assert os.environ.get("NCCL_ALGO") == ("^NVLS" if deterministic else None)
+        assert torch.are_deterministic_algorithms_enabled() == deterministic
+        raise InterruptedError
+
+    monkeypatch.delenv("NCCL_ALGO", raising=False)
+    monkeypatch.setattr("utils.distributed.init", init)
+    monkeypatch.setattr(sys, "argv", ["train_latent.py", *command_line(tmp_path, tmp_path, train__deterministic=deterministic)])
+    try:
+        with pytest.raises(InterruptedError):
+            train_latent.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("NCCL_ALGO", None)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 32])
+def test_latents_do_not_depend_on_how_many_images_are_encoded_at_once(monkeypatch, tiny_vae, at_once):
+    """Same random numbers; float32 convolutions of other batch sizes agree to rounding."""
+    import torch
+    import train
+    from models.autoencoder import Autoencoder
+    from utils.config import from_dict
+
+    sizes, encode_moments = [], Autoencoder.encode_moments
+    monkeypatch.setattr(Autoencoder, "encode_moments", lambda self, images: [sizes.append(len(images)), encode_moments(self, images)][1])
+    images = torch.arange(5 * 3 * 32 * 32).reshape(5, 3, 32, 32).mul(7919).remainder(256).to(torch.uint8)
+
+    def latents(batchsize):
+        config = from_dict({"vae": {"path": str(tiny_vae), "batchsize": batchsize}, "data": {"resolution": 32}, "model": {"in_size": 8}})
+        return train.make_encode(config, None, torch.device("cpu"))[0](images, torch.Generator().manual_seed(1))
+
+    parts = latents(at_once)
+    assert max(sizes) == min(at_once, 5) and sum(sizes) == 5
+    torch.testing.assert_close(parts, latents(5), rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------------------------------------------------------------ going on in a folder
 
 @pytest.fixture

@@ -82,9 +82,9 @@ def train(description, example, open_dataset, make_encode):
         from utils import distributed
         from utils.precision import setup_backends, use_compile
 
-        distributed.init(config.train.timeout_s)
         device = distributed.device()
         setup_backends(config.train.tf32, config.train.deterministic, use_compile(config.train.compile, device))
+        distributed.init(config.train.timeout_s)  # after NCCL_ALGO is set
         code = train_in(folder, config, args, open_dataset, make_encode, device, notice)
         distributed.shutdown()
     return code

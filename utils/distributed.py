@@ -8,6 +8,7 @@ import datetime
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,13 +30,15 @@ _control = None  # the gloo group for flags and Python objects; None: the defaul
 def init(timeout_s=1800.0):
     """Join the processes that torchrun or `launch` started with this one; take this process's GPU.
 
-    timeout_s: how long a collective waits for the slowest process. Raises UserError if there is no GPU for this process.
+    timeout_s: how long a collective waits for the slowest process. Raises UserError, on every process of a node, if it has fewer GPUs.
     """
     global _store, _control
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name, to which torch prefers the one that every version reads
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # batches of many sizes leave no gaps
     if torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(f"process {local_rank()} of this node has no GPU of its own: {torch.cuda.device_count()} found; "
-                            f"start at most {torch.cuda.device_count()} processes per node")
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank() + 1)), torch.cuda.device_count()
+        if processes > gpus:
+            raise UserError(f"{processes} processes on {socket.gethostname()}, which has {gpus} GPU(s); start at most {gpus} there")
         torch.cuda.set_device(local_rank())
     if "RANK" not in os.environ or dist.is_initialized():
         return

@@ -40,9 +40,13 @@ def setup_backends(tf32, deterministic, compiled=False):
     """
     torch.backends.cuda.matmul.allow_tf32 = tf32
     torch.backends.cudnn.allow_tf32 = tf32
-    if compiled and not torch.cuda.is_available():
-        os.environ.setdefault("CUDA_PATH", "")  # or the compiler for CPUs looks for CUDA, and warns if it finds a toolkit without a GPU
+    if compiled:
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # by default each process would take all
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, max(1, cores))))
+        if not torch.cuda.is_available():
+            os.environ.setdefault("CUDA_PATH", "")  # or the compiler for CPUs looks for CUDA, and warns if it finds a toolkit without a GPU
     if deterministic:
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # read when processes connect; sums in an H100 node's switches differ from call to call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
         # "error", not "warn": with warnings alone, the backward pass of attention would stay non-deterministic.
         if compiled:

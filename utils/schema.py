@@ -60,7 +60,7 @@ class DataConfig:
 class VAEConfig:
     path: str = "assets/autoencoder_kl.pth"  # diffusers folder, hub id or latent-diffusion .pth
     amp: Amp = "no"  # precision of encoding in train.py and of decoding
-    batchsize: int = number(32, above=0)  # images decoded at once; smaller batches are tried when memory runs out
+    batchsize: int = number(32, above=0)  # images encoded (train.py) or decoded at once; decoding tries fewer when memory runs out
 
 
 @dataclass(frozen=True)
