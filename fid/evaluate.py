@@ -142,10 +142,8 @@ class Evaluator:
         }
         result = {"numbers": numbers, "settings": settings, "warnings": self.warnings, "skipped": self.skipped}
         if self.interval:
-            gaussian = reference.gaussians["pool"]
             result["interval"] = {"of": METRICS["fid"].name(self.embedding.name), "level": 0.95,
-                                  **metrics.jackknife_interval(gaussian, self.pool, seed=self.seed),
-                                  "extrapolated": metrics.extrapolated_distance(gaussian, self.pool, seed=self.seed)}
+                                  **metrics.distance_interval(reference.gaussians["pool"], self.pool, seed=self.seed)}
         return result
 
 

@@ -19,21 +19,13 @@ GROUPS = 20         # of the interval's jackknife
 BLOCK = 2 ** 23     # numbers in a block of a distance matrix, 64 MiB
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Frechet distance |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2) of two Gaussians.
+def frechet_distance(mu1, sigma1, mu2, sigma2, root1=None):
+    """Frechet distance |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2) of two Gaussians, as a float.
 
-    mu: (d,), sigma: (d, d) symmetric, numpy or torch. Exact for singular covariances: no eps on a diagonal, no complex numbers.
-    Returns a float. Raises ValueError if shapes differ or a number is not finite. Source: Dowson and Landau 1982.
+    mu: (d,), sigma: (d, d) symmetric, numpy float64. Exact for singular covariances: no eps on a diagonal, no complex numbers.
+    root1: covariance_root(sigma1), for who needs it many times. Source: Dowson and Landau 1982.
     """
-    mu1, sigma1, mu2, sigma2 = arrays = [np.asarray(x, dtype=np.float64) for x in (mu1, sigma1, mu2, sigma2)]
-    if mu1.shape != mu2.shape or sigma1.shape != sigma2.shape or not all(np.isfinite(array).all() for array in arrays):
-        shapes = [array.shape for array in arrays]
-        raise ValueError(f"frechet_distance: shapes {shapes}, wanted (d,), (d, d) twice, without NaN or infinity")
-    return frechet_to_root(mu1, covariance_root(sigma1), mu2, sigma2)
-
-
-def frechet_to_root(mu1, root1, mu2, sigma2):
-    """frechet_distance where the first covariance comes as its root (see covariance_root), to be used many times."""
+    root1 = covariance_root(sigma1) if root1 is None else root1
     mixed = np.linalg.eigvalsh(root1.T @ sigma2 @ root1)  # the eigenvalues of sigma1 sigma2
     cross = np.sqrt(mixed[mixed > _rank_cut(mixed)]).sum()
     return float(((mu1 - mu2) ** 2).sum() + (root1 ** 2).sum() + np.trace(sigma2) - 2 * cross)
@@ -57,35 +49,28 @@ def mean_and_covariance(features):
     return features.mean(0).cpu().numpy(), features.T.cov().cpu().numpy()
 
 
-def jackknife_interval(reference, pool, groups=GROUPS, seed=0):
-    """95 % interval of the Frechet distance at this number of samples, over which samples were drawn.
+def distance_interval(reference, pool, groups=GROUPS, sizes=15, seed=0):
+    """How sure the Frechet distance is, as a dict. reference: (mu, sigma), which counts as exact; pool: sample features (N, d).
 
-    reference: (mu, sigma), which counts as exact. pool: sample features (N, d). The samples are dealt into `groups` random groups,
-    each is left out once, and the spread of the distances gives the standard error.
-    Returns {"low", "high", "standard_error"}. Source: delete-a-group jackknife, Kott 2001.
+    low, high, standard_error: 95 % interval at this number of samples. Each of `groups` random groups is left out once, and the
+    spread of the distances gives the error (delete-a-group jackknife, Kott 2001).
+    extrapolated: the distance of infinitely many samples, free of the bias of a finite number: a straight line through the
+    distances of random subsets of several sizes over 1/size, followed to 0 (Chong and Forsyth 2020, arXiv 1911.07023).
     """
-    from scipy.stats import t  # takes most of a second to import
-    mu, root = reference[0], covariance_root(reference[1])
+    from scipy.stats import linregress, t  # takes most of a second to import
+    root = covariance_root(reference[1])
+
+    def distance(rows):
+        return frechet_distance(*reference, *mean_and_covariance(pool[rows]), root)
+
     order = np.random.default_rng(seed).permutation(len(pool))
     group_of = torch.as_tensor(np.argsort(order) % groups, device=pool.device)
-    left_out = [frechet_to_root(mu, root, *mean_and_covariance(pool[group_of != group])) for group in range(groups)]
-    error = float(np.sqrt((groups - 1) * np.var(left_out)))
-    distance, reach = frechet_to_root(mu, root, *mean_and_covariance(pool)), float(t.ppf(0.975, groups - 1)) * error
-    return {"low": distance - reach, "high": distance + reach, "standard_error": error}
-
-
-def extrapolated_distance(reference, pool, points=15, seed=0):
-    """The Frechet distance that infinitely many samples would have, free of the bias of a finite number.
-
-    The distance is computed on random subsets of `points` sizes, and a straight line in 1/size is followed to 1/size = 0.
-    Arguments as jackknife_interval. Source: Chong and Forsyth 2020 (arXiv 1911.07023).
-    """
-    from scipy.stats import linregress
-    mu, root = reference[0], covariance_root(reference[1])
+    error = float(np.sqrt((groups - 1) * np.var([distance(group_of != group) for group in range(groups)])))
+    middle, reach = distance(slice(None)), float(t.ppf(0.975, groups - 1)) * error
     rng = np.random.default_rng(seed)
-    sizes = np.linspace(5000 if len(pool) >= 10000 else len(pool) // 2, len(pool), points).astype(int)
-    distances = [frechet_to_root(mu, root, *mean_and_covariance(pool[rng.choice(len(pool), size, replace=False)])) for size in sizes]
-    return float(linregress(1 / sizes, distances).intercept)
+    sizes = np.linspace(5000 if len(pool) >= 10000 else len(pool) // 2, len(pool), sizes).astype(int)
+    line = linregress(1 / sizes, [distance(rng.choice(len(pool), size, replace=False)) for size in sizes])
+    return {"low": middle - reach, "high": middle + reach, "standard_error": error, "extrapolated": float(line.intercept)}
 
 
 def inception_score(pool, weights, split_size=IS_SPLIT):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from dataset.base import open_npz, read_npz
 from fid.sources import batches
@@ -18,21 +19,17 @@ class RunningStatistics:
     """Float64 sums of features (B, d) over batches and processes; the mean and the covariance (ddof 1) at the end."""
 
     def __init__(self, dim, device="cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.total = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        self.products = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
 
     def add(self, features):
-        features = features.to(self.total.device, torch.float64)
-        self.count += len(features)
-        self.total += features.sum(0)
-        self.outer.addmm_(features.T, features)
+        ones_first = F.pad(features.double(), (1, 0), value=1)  # so that their products hold the count and the sums, too
+        self.products.addmm_(ones_first.T, ones_first)
 
     def gaussian(self):
         """(mu (d,), sigma (d, d)) float64 of all processes' features; every process has to call."""
-        count, total, outer = (distributed.all_reduce_sum(part.clone()) for part in (self.count, self.total, self.outer))
-        mu = total / count
-        sigma = (outer - count * torch.outer(mu, mu)) / (count - 1)
+        products = distributed.all_reduce_sum(self.products.clone())
+        count, mu = products[0, 0], products[0, 1:] / products[0, 0]
+        sigma = (products[1:, 1:] - count * torch.outer(mu, mu)) / (count - 1)
         return mu.cpu().numpy(), sigma.cpu().numpy()
 
 

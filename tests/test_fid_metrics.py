@@ -43,14 +43,6 @@ def test_frechet_distance_of_a_set_with_itself_is_zero():
     assert abs(metrics.frechet_distance(np.ones(40), sigma, np.ones(40), sigma)) < 1e-9 * np.trace(sigma)
 
 
-def test_frechet_distance_refuses_other_shapes_and_nan():
-    eye = np.eye(3)
-    with pytest.raises(ValueError, match=r"shapes .*\(2,\).*, wanted \(d,\), \(d, d\) twice"):
-        metrics.frechet_distance(np.zeros(3), eye, np.zeros(2), np.eye(2))
-    with pytest.raises(ValueError, match="without NaN or infinity"):
-        metrics.frechet_distance(np.zeros(3), eye, np.zeros(3), eye * np.nan)
-
-
 def test_streaming_statistics_equal_numpy_in_float64():
     features = torch.randn(57, 11, generator=torch.Generator().manual_seed(0)) + 3
     running = RunningStatistics(11)
@@ -158,7 +150,7 @@ def test_interval_holds_the_mean_distance_as_often_as_it_says():
     rng = np.random.default_rng(0)
     draws = [torch.from_numpy(rng.standard_normal((200, 3)) * [1, 1.3, 0.8] + [0.3, 0, 0]) for _ in range(240)]
     distances = [metrics.frechet_distance(*reference, *metrics.mean_and_covariance(draw)) for draw in draws]
-    found = [metrics.jackknife_interval(reference, draw) for draw in draws[:40]]
+    found = [metrics.distance_interval(reference, draw) for draw in draws[:40]]
     held = sum(one["low"] <= np.mean(distances) <= one["high"] for one in found)
     assert 32 <= held
     assert np.mean([one["standard_error"] for one in found]) == pytest.approx(np.std(distances), rel=0.25)
@@ -166,7 +158,7 @@ def test_interval_holds_the_mean_distance_as_often_as_it_says():
 
 def test_interval_reaches_as_far_as_students_t_says():
     pool = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
-    found = metrics.jackknife_interval((np.zeros(2), np.eye(2)), pool)
+    found = metrics.distance_interval((np.zeros(2), np.eye(2)), pool)
     # the two-sided 95 % quantile for 20 groups, from a printed table
     assert (found["high"] - found["low"]) / 2 == pytest.approx(2.093 * found["standard_error"], rel=1e-4)
 
@@ -179,7 +171,7 @@ def test_extrapolation_removes_most_of_the_bias():
     for _ in range(10):
         pool = torch.from_numpy(rng.standard_normal((400, 20)))
         plain.append(metrics.frechet_distance(*reference, *metrics.mean_and_covariance(pool)))
-        extrapolated.append(metrics.extrapolated_distance(reference, pool))
+        extrapolated.append(metrics.distance_interval(reference, pool)["extrapolated"])
     assert np.mean(plain) > 0.2
     assert abs(np.mean(extrapolated)) < 0.15 * np.mean(plain)
 
