@@ -45,19 +45,16 @@ def build_parser():
 
 
 def parse_args(argv):
-    """Arguments of a command; `REF SAMPLES` is read as `calc --ref REF --images SAMPLES`."""
+    """Arguments of a command; `REF SAMPLES` is read as `calc --ref REF --images SAMPLES`.
+
+    Raises UserError for numbers that cannot be, and for a place where a file cannot be written at the end.
+    """
     if len(argv) >= 2 and argv[0] not in ("calc", "ref") and not argv[0].startswith("-") and not argv[1].startswith("-"):
         argv = ["calc", "--ref", argv[0], "--images", argv[1], *argv[2:]]
     args = build_parser().parse_args(argv)
     for option, least in (("batch", 1), ("seed", 0)):
         if getattr(args, option) < least:
             raise UserError(f"--{option} is {getattr(args, option)}, wanted at least {least}")
-    check_outputs(args)
-    return args
-
-
-def check_outputs(args):
-    """Raise UserError if a file that is to be written at the end cannot be one."""
     if args.command == "ref" and not args.dest.endswith(".npz"):
         raise UserError(f"--dest {args.dest} has to end with .npz, or it cannot be read as a reference")
     if args.command == "ref" and os.path.realpath(args.dest) == os.path.realpath(args.data):
@@ -68,6 +65,7 @@ def check_outputs(args):
             raise UserError(f"--{option} {path} is a folder; give the name of a file")
         if path:
             make_folder(os.path.dirname(path) or ".", f"--{option} {path}: its folder")
+    return args
 
 
 def calc(args):

@@ -70,13 +70,14 @@ class Inception(Embedding):
         state = read_tensors(weights, "get it with `python3 download_assets.py --name inception`, or give its place with --weights")
         net = inception.make_network()
         load_strictly(net, state, weights, "give the FID Inception file pt_inception-2015-12-05-6726825d.pth")
-        self.dims = {"pool": inception.POOL_DIM, "spatial": inception.SPATIAL_DIM}
+        self.dims = inception.DIMS
         self.class_weight = state["fc.weight"].float().to(self.device)  # (1008, 2048); IS uses no bias
-        self.net = inception.InceptionTrunk(net).to(self.device, memory_format=torch.channels_last)
+        self.net = net.float().to(self.device, memory_format=torch.channels_last)
         self.settings = {"resize": inception.RESIZE, "weights_sha256": file_sha256(weights)}
 
     def _taps(self, images):
-        taps = [self.net(part) for part in images.split(CPU_CHUNK if self.device.type == "cpu" else len(images))]
+        from fid import inception
+        taps = [inception.features(self.net, part) for part in images.split(CPU_CHUNK if self.device.type == "cpu" else len(images))]
         return {tap: torch.cat([part[tap] for part in taps]) for tap in self.dims}
 
 

@@ -103,10 +103,7 @@ class Evaluator:
         self.stream = FeatureStream(self.embedding)
 
     def add(self, images, batch_index):
-        """images: (B, H, W, 3) uint8, numpy or torch; batch_index: its place among the global batches.
-
-        Each process adds its own batches, batch k on rank k mod W.
-        """
+        """images: (B, H, W, 3) uint8, numpy or torch; batch_index: its place among the global batches; rank k mod W adds batch k."""
         self.stream.add(images, batch_index, self.keeps_samples)
 
     def add_all(self, source):
@@ -248,9 +245,9 @@ def save_result(path, result):
 
 
 def save_neighbours(path, source, evaluator, num_samples=8, num_neighbours=5):
-    """Save a grid of the samples nearest to real images: on each row one sample, then its nearest real images.
+    """Save a grid of the samples of `source` nearest to real images: on each row one, then its nearest real images.
 
-    source: of the samples. evaluator: with keep_features and its result computed.
+    evaluator: with keep_features, and its result computed.
     """
     from utils.images import save_grid
     reference = evaluator.reference

@@ -9,15 +9,13 @@ import functools
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionA, InceptionAux, InceptionB, InceptionC, InceptionD, InceptionE
 
 INPUT_SIZE = 299
 RESIZE = "tf1-bilinear-299"
 NUM_CLASSES = 1008
-POOL_DIM = 2048
 SPATIAL_CHANNELS = 7
-SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
+DIMS = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}
 
 mean_pool = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
 max_pool = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
@@ -60,24 +58,13 @@ def make_network():
     return net.eval()
 
 
-class InceptionTrunk(nn.Module):
-    """The layers up to the features, of a network with weights, for inference: each BatchNorm is folded into its convolution."""
-
-    def __init__(self, net):
-        super().__init__()
-        net.requires_grad_(False).double()  # folding in float32 would move the features
-        for module in net.modules():
-            if isinstance(module, BasicConv2d):
-                module.conv, module.bn = fuse_conv_bn_eval(module.conv, module.bn), nn.Identity()
-        layers = list(net.float().children())
-        self.to_spatial, self.to_pool = nn.Sequential(*layers[:14]), nn.Sequential(*layers[14:18])
-
-    def forward(self, images):
-        """images (B, H, W, 3) uint8 -> "pool" (B, 2048) and "spatial" (B, 2023): the first channels of Mixed_6d, flattened as H, W, C."""
-        x = resize_tf1(images).sub_(128).div_(128).permute(0, 3, 1, 2)  # NCHW view of channels-last memory
-        x = self.to_spatial(x)  # (B, 768, 17, 17); branch1x1 comes first in it
-        spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
-        return {"pool": self.to_pool(x).mean((2, 3)), "spatial": spatial}
+def features(net, images):
+    """images (B, H, W, 3) uint8 -> "pool" (B, 2048) and "spatial" (B, 2023): the first channels of Mixed_6d, flattened as H, W, C."""
+    layers = list(net.children())
+    x = resize_tf1(images).sub_(128).div_(128).permute(0, 3, 1, 2)  # NCHW view of channels-last memory
+    x = nn.Sequential(*layers[:14])(x)  # (B, 768, 17, 17) after Mixed_6d; branch1x1 comes first in it
+    spatial = x[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+    return {"pool": nn.Sequential(*layers[14:18])(x).mean((2, 3)), "spatial": spatial}
 
 
 def resize_tf1(images, size=INPUT_SIZE):

@@ -96,13 +96,8 @@ def coverage(points, manifold, k=NEIGHBOURS):
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991).
     """
     points, manifold = torch.as_tensor(points), torch.as_tensor(manifold)
-    radii = neighbour_radii(manifold, k)
+    radii = nearest_neighbours(manifold, manifold, k + 1)[0][:, k]  # the nearest of all is the point itself, at distance 0
     return torch.cat([(distances <= radii).any(1) for distances in distance_blocks(points, manifold)]).double().mean().item()
-
-
-def neighbour_radii(features, k):
-    """Squared distance (N,) float64 from each point to its k-th nearest other point."""
-    return nearest_neighbours(features, features, k + 1)[0][:, k]  # the nearest of all is the point itself, at distance 0
 
 
 def nearest_neighbours(queries, features, k):
@@ -130,7 +125,7 @@ def closest_pairs(sample_pool, reference_pool, num_samples=8, num_neighbours=5):
     real image over that image's distance to the next real one. A copy has ratio 0; samples as new as real ones have about 1.
     """
     distances, indices = nearest_neighbours(sample_pool, reference_pool, num_neighbours)
-    apart = neighbour_radii(reference_pool, 1)[indices[:, 0]]
+    apart = nearest_neighbours(reference_pool, reference_pool, 2)[0][indices[:, 0], 1]
     ratios = distances[:, 0].sqrt() / apart.sqrt().clamp(min=1e-12)
     rows = ratios.argsort(stable=True)[:num_samples]
     return rows.cpu().numpy(), indices[rows].cpu().numpy(), ratios[rows].cpu().numpy()

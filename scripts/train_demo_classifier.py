@@ -98,8 +98,8 @@ def write_readme(folder, args, found_accuracy, rows):
 are the embedding behind the demo's quality number, **FD-classifier**: the Frechet distance of FID on these features. It is
 not FID and compares with no published table.
 
-- Made by `python scripts/train_demo_classifier.py --data FOLDER --epochs {args.epochs} --seed {args.seed}` on {datetime.date.today()} from the 60,000 images of
-  Fashion-MNIST's train file (MIT licence), padded to 32x32.
+- Made by `python scripts/train_demo_classifier.py --data FOLDER --epochs {args.epochs} --seed {args.seed}` on {datetime.date.today()}
+  from the 60,000 images of Fashion-MNIST's train file (MIT licence), padded to 32x32.
 - Accuracy on the 10,000 images of the t10k file: {100 * found_accuracy:.2f} %.
 - sha256 {file_sha256(folder / "model.safetensors")}
 - Input: RGB uint8 images (B, 32, 32, 3); the three channels are averaged to grey.
