@@ -42,9 +42,9 @@ def test_index_out_of_range(imagenet, text):
 
 
 def test_ambiguous_part_lists_its_matches(imagenet):
-    with pytest.raises(UserError, match=r"'panda' is ambiguous: lesser panda \(387\), giant panda \(388\); give more"):
+    with pytest.raises(UserError, match=r"'panda' is ambiguous: lesser panda \(387\), giant panda \(388\); give a name"):
         resolve_class("panda", imagenet)
-    with pytest.raises(UserError, match="and [0-9]+ more"):
+    with pytest.raises(UserError, match="\\([0-9]+\\), \\.\\.\\.; give"):
         resolve_class("e", imagenet)
 
 
@@ -60,13 +60,13 @@ def test_case_decides_only_between_names_that_differ_in_nothing_else(imagenet):
 
 
 def test_misspelt_name_is_told_with_near_ones(imagenet):
-    with pytest.raises(UserError, match=r"near it: golden retriever \(207\)"):
+    with pytest.raises(UserError, match=r"unknown: golden retriever \(207\)"):
         resolve_class("goldn retreiver", imagenet)
 
 
 @pytest.mark.parametrize("text", ["", "qqqqqq", "2.5"])
 def test_nothing_near(imagenet, text):
-    with pytest.raises(UserError, match="is unknown; no name is near it"):
+    with pytest.raises(UserError, match="is unknown: no name is near it"):
         resolve_class(text, imagenet)
 
 
@@ -76,9 +76,9 @@ def test_accents_do_not_matter(text):
 
 
 def test_unknown_name_of_a_small_set_is_told_with_all_names(imagenet):
-    with pytest.raises(UserError, match=r"'hat' is unknown; the classes are T-shirt/top \(0\), .*, Shirt \(5\); give"):
+    with pytest.raises(UserError, match=r"'hat' is unknown: T-shirt/top \(0\), .*, Shirt \(5\); give"):
         resolve_class("hat", GARMENTS)
-    with pytest.raises(UserError, match=r"the classes are c0 \(0\).* c19 \(19\); give"):
+    with pytest.raises(UserError, match=r"unknown: c0 \(0\).* c19 \(19\); give"):
         resolve_class("hat", [f"c{index}" for index in range(20)])
     with pytest.raises(UserError, match="no name is near it"):
         resolve_class("hat", [f"c{index}" for index in range(21)])

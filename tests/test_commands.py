@@ -120,7 +120,7 @@ def test_generate_npz_from_our_file_without_a_config(trained, tiny_vae, tmp_path
     (["--ckpt_path", "x.pt", "--seeds", "5-2"], "--seeds 5-2"),
     (["--ckpt_path", "x.pt", "sample.cfgscale=2"], "sample.cfg_scale"),
     (["--ckpt_path", "x.pt", "--format", "none"], "--ref_path"),
-    (["--ckpt_path", "x.pt", "--config", "configs/test/maskdit-latent-bas.yaml"], "cannot be read (No such file or directory)"),
+    (["--ckpt_path", "x.pt", "--config", "configs/test/maskdit-latent-bas.yaml"], "cannot be read as YAML: No such file or directory"),
     (["--ckpt_path", "x.pt", "--num_process_per_node", "-2"], "--num_process_per_node -2"),
 ])
 def test_generate_refuses_bad_input_in_one_line(arguments, message):
@@ -135,7 +135,7 @@ def test_generate_refuses_bad_input_in_one_line(arguments, message):
     (["data.root=x", "train.batchsize=3", "train.grad_accum=2"], "train.batchsize=3"),
     ([], "assets/imagenet_256_latent_lmdb"),
     (["--ckpt_pth", "x.pt"], "is not understood; see --help"),
-    (["sample.num_steps=["], "sample.num_steps=[ is not valid YAML"),
+    (["sample.num_steps=["], "sample.num_steps=[ cannot be read as YAML"),
     ([f"train.seed={2**64}"], "must be at least 0 and below 18446744073709551616"),
     (["--num_process_per_node", "2", "--master_port", "99999999"], "--master_port 99999999"),
 ])

@@ -6,7 +6,7 @@ import unicodedata
 from utils.cli import PROJECT_ROOT, UserError
 
 IMAGENET_FILE = PROJECT_ROOT / "assets" / "imagenet_classes.txt"
-FEW = 20  # so many names are all listed when a name is unknown
+FEW = 20  # so many names are listed; all of a small set when a name is unknown
 
 
 def load_imagenet_class_names():
@@ -26,22 +26,17 @@ def resolve_class(text, class_names):
             raise UserError(f"class {text} is out of range; wanted 0 to {len(class_names) - 1}")
         return int(text)
     wanted, names = _plain(text), [_plain(name) for name in class_names]
-    matches = (_indices(name == text for name in class_names)  # first: ImageNet has the dog Cardigan and the garment cardigan
-               or _indices(name == wanted for name in names)
-               or _indices(wanted in name for name in names if wanted))
+    matches = ([index for index, name in enumerate(class_names) if name == text]  # ImageNet has the dog Cardigan and the garment cardigan
+               or [index for index, name in enumerate(names) if name == wanted]
+               or [index for index, name in enumerate(names) if wanted and wanted in name])
     if len(matches) == 1:
         return matches[0]
-    if matches:
-        raise UserError(f"class {text!r} is ambiguous: {_listed(matches, class_names)}; give more of the name, or the index")
-    near = [names.index(name) for name in difflib.get_close_matches(wanted, names, n=3)]
-    hint = f"near it: {_listed(near, class_names)}" if near else "no name is near it"
-    if len(class_names) <= FEW:
-        hint = f"the classes are {_listed(range(len(class_names)), class_names, FEW)}"
-    raise UserError(f"class {text!r} is unknown; {hint}; give a name, a part of one, or an index from 0 to {len(class_names) - 1}")
-
-
-def _indices(matches):
-    return [index for index, match in enumerate(matches) if match]
+    near = matches or [names.index(name) for name in difflib.get_close_matches(wanted, names, n=3)]
+    if not matches and len(class_names) <= FEW:
+        near = range(len(class_names))
+    listed = ", ".join(f"{class_names[index]} ({index})" for index in near[:FEW]) or "no name is near it"
+    raise UserError(f"class {text!r} is {'ambiguous' if matches else 'unknown'}: {listed}{', ...' if len(near) > FEW else ''}; "
+                    f"give a name, a part that only one has, or an index from 0 to {len(class_names) - 1}")
 
 
 def _plain(name):
@@ -49,8 +44,3 @@ def _plain(name):
     letters = unicodedata.normalize("NFKD", name.casefold())
     unaccented = "".join(letter for letter in letters if not unicodedata.combining(letter))
     return " ".join(unaccented.replace("_", " ").replace("-", " ").split())
-
-
-def _listed(indices, class_names, most=6):
-    shown = ", ".join(f"{class_names[index]} ({index})" for index in indices[:most])
-    return shown + (f" and {len(indices) - most} more" if len(indices) > most else "")

@@ -9,7 +9,6 @@ import difflib
 import inspect
 import re
 import typing
-from pathlib import Path
 
 from utils.cli import UserError
 from utils.schema import KEYS, SECTIONS, Config, check
@@ -22,7 +21,9 @@ def load_config(path=None, overrides=(), base=None):
     """
     layers = [to_dict(base)] if base is not None else []
     if path is not None:
-        layers.append(_read_yaml(Path(path)))
+        layers.append(_parse("load", path, f"--config {path}"))
+        if not isinstance(layers[-1], dict):
+            raise UserError(f"--config {path}: wanted sections ({', '.join(SECTIONS)}), found {type(layers[-1]).__name__}")
     for text in overrides:
         if not re.match(r"[\w.]+=", text):
             raise UserError(f"argument {text!r} is not understood; see --help (settings look like train.lr=1e-4)")
@@ -82,25 +83,15 @@ def gone_keys(values):
     return [name for name in _flat(values) if name not in KEYS and name != "sample.solver_set"]
 
 
-def _read_yaml(path):
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"--config {path} cannot be read ({getattr(error, 'strerror', error)}); give a YAML file") from error
-    content = _parse("create", text, f"--config {path}")
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path}: wanted sections ({', '.join(SECTIONS)}), found {type(content).__name__}")
-    return content
-
-
 def _parse(reader, text, source):
-    """Plain values that the OmegaConf function called `reader` makes of a text. source: what the message calls it."""
+    """Plain values that the OmegaConf function called `reader` makes of a path or a text. source: what the message calls it."""
     from omegaconf import OmegaConf
 
     try:
         return OmegaConf.to_container(getattr(OmegaConf, reader)(text))
     except Exception as error:  # whatever the parsers raise is about this text
-        raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{source} cannot be read as YAML: {reason}") from error
 
 
 def _flat(layer):

@@ -45,8 +45,11 @@ def fetch(url, path, checksum=""):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(_Part(path)) as part:
             _receive_whole(url, part)
-            if checksum:
-                _check(part, checksum)
+            with open(part.path, "rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest() if checksum else ""
+            if not digest.startswith(checksum):
+                part.start_over(None, None)
+                raise PlaceFailed(f"delivered a file with sha256 {digest}, but it should be {checksum}")
             flush_to_disk(part.path)
             os.replace(part.path, path)
 
@@ -107,14 +110,6 @@ def _reason(error):
     while isinstance(inner := getattr(error, "reason", None) or (error.args or [None])[0], BaseException):
         error = inner
     return str(inner or error).rpartition(": ")[2]
-
-
-def _check(part, checksum):
-    with open(part.path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith(checksum):
-        part.start_over(None, None)
-        raise PlaceFailed(f"delivered a file with sha256 {digest}, but it should be {checksum}")
 
 
 class _Part:
