@@ -47,9 +47,8 @@ def main():
     images, vae, plan = prepare(args)
     say(f"{args.images}: {plan.num_images:,} images, {images.num_classes or 'no'} classes -> {args.dest}, "
         f"moments {plan.sample_shape} {plan.dtype}{', mirrored copies too' if plan.mirrored else ''}")
-    manifest, tally = extract(images, vae, args.dest, plan, args.skip_bad, args.num_workers)
-    bad = [error for errors in distributed.all_gather_object(tally.bad) for error in errors]
-    say(tally.summary())
+    manifest, bad = extract(images, vae, args.dest, plan, args.skip_bad, args.num_workers)
+    bad = [error for errors in distributed.all_gather_object(bad) for error in errors]
     for _, error in bad:
         say(error)
     if manifest is not None:

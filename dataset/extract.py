@@ -1,12 +1,10 @@
-"""Encode images with a VAE into stored latents. Threads decode ahead, one thread writes behind.
+"""Encode images with a VAE into stored latents. Threads decode ahead.
 
 What is written depends on the plan alone: image numbers decide shards and batches, whatever was already there and however
 many processes share the work.
 """
 
-import contextlib
 import os
-import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,29 +16,6 @@ from dataset.images import CorruptImage
 from dataset.store import LatentWriter, Plan
 from utils.cli import UserError
 from utils.logging import Progress, say
-
-
-class Tally:
-    """Where the time of one process went, in seconds by name. bad: [(name, error)] of the images that cannot be read."""
-
-    def __init__(self):
-        self.seconds = {"waiting for images": 0.0, "VAE": 0.0, "waiting for the disk": 0.0}
-        self.num_images = 0
-        self.bad = []
-        self.started = time.perf_counter()
-
-    @contextlib.contextmanager
-    def timed(self, name):
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - begun
-
-    def summary(self):
-        """'1,000 images in 12s, 83.1 images/s: VAE 97%, ...'"""
-        total = max(time.perf_counter() - self.started, 1e-9)
-        shares = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in self.seconds.items())
-        return (f"{self.num_images:,} images in {Progress.format_interval(total)}, {self.num_images / total:.4g} images/s "
-                f"in this process: {shares}")
 
 
 def make_plan(images, vae, vae_name, vae_dtype, first, num_images, batch_size, dtype, shard_size):
@@ -70,8 +45,8 @@ def extract(images, vae, dest, plan, skip_bad=False, num_workers=None):
     """Encode what is still missing of the set at `dest`, each process its share of the shards.
 
     num_workers: threads that decode images (None: one for each processor core of this process).
-    Returns (manifest, Tally of this process). Shards with images that cannot be read are left out unless skip_bad, the
-    others are kept; the manifest is then None on every process.
+    Returns (manifest, [(name, error)] of this process's images that cannot be read). Shards with such images are left out unless
+    skip_bad, the others are kept; the manifest is then None on every process.
     """
     if distributed.is_main():
         LatentWriter(dest, plan)  # begins the set; the others find it begun
@@ -80,36 +55,21 @@ def extract(images, vae, dest, plan, skip_bad=False, num_workers=None):
     pending = distributed.broadcast_object(writer.pending())
     if len(pending) < plan.num_shards:
         say(f"{dest}: {plan.num_shards - len(pending)} of {plan.num_shards} shards are there already")
-    mine = pending[distributed.rank()::distributed.world_size()]
-    tally = Tally()
-    _encode_shards(images, vae, writer, mine, skip_bad, num_workers or _num_cores(), tally)
-    if distributed.any_rank(bool(tally.bad) and not skip_bad):
-        return None, tally
-    manifest = writer.finish() if distributed.is_main() else None
-    return distributed.broadcast_object(manifest), tally
-
-
-def _num_cores():
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def _encode_shards(images, vae, writer, shards, skip_bad, num_workers, tally):
-    plan, world_size = writer.plan, distributed.world_size()
+    shards, world_size = pending[distributed.rank()::distributed.world_size()], distributed.world_size()
     batches = [batch for shard in shards for batch in _batches(plan, shard)]
-    title = f"encoding (1 of {world_size} processes)" if world_size > 1 else "encoding"
-    with (ThreadPoolExecutor(num_workers, "decode") as readers, ThreadPoolExecutor(1, "write") as disk,
-          Progress(sum(map(len, batches)), title, "images") as progress):
+    num_workers = num_workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    title, bad = f"encoding (1 of {world_size} processes)" if world_size > 1 else "encoding", []
+    with ThreadPoolExecutor(num_workers, "decode") as readers, Progress(sum(map(len, batches)), title, "images") as progress:
         decoded = _decode_ahead(images, batches, readers, depth=num_workers + 1)
-        writing = None
         for shard in shards:
-            content = _encode_shard(decoded, shard, vae, plan, skip_bad, tally, progress)
-            with tally.timed("waiting for the disk"):
-                if writing is not None:
-                    writing.result()  # at most one shard waits to be written
-            writing = disk.submit(writer.write, shard, *content) if content else None
-        with tally.timed("waiting for the disk"):
-            if writing is not None:
-                writing.result()
+            content, shard_bad = _encode_shard(decoded, shard, vae, plan, skip_bad, progress)
+            bad += shard_bad
+            if content:
+                writer.write(shard, *content)
+    if distributed.any_rank(bool(bad) and not skip_bad):
+        return None, bad
+    manifest = writer.finish() if distributed.is_main() else None
+    return distributed.broadcast_object(manifest), bad
 
 
 def _batches(plan, shard):
@@ -143,27 +103,23 @@ def _decode(images, indices):
     return np.stack(pixels) if pixels else np.empty((0, *images.sample_shape), np.uint8), labels, bad
 
 
-def _encode_shard(decoded, shard, vae, plan, skip_bad, tally, progress):
-    """What `LatentWriter.write` takes after the shard's number, or None if there are bad images that may not be skipped."""
-    moments, mirrored, labels, bad = [], [], [], []
+def _encode_shard(decoded, shard, vae, plan, skip_bad, progress):
+    """(what `LatentWriter.write` takes after the shard's number, None if bad images may not be skipped; the bad images)."""
+    empty = np.empty((0, *plan.sample_shape), plan.dtype)
+    moments, mirrored, labels, bad = [empty], [empty], [], []
     for batch in _batches(plan, shard):
-        with tally.timed("waiting for images"):
-            pixels, batch_labels, batch_bad = next(decoded)
+        pixels, batch_labels, batch_bad = next(decoded)
         bad += batch_bad
         labels += batch_labels
         if len(pixels) and (skip_bad or not bad):  # a shard that stays unwritten is only searched for more bad images
-            with tally.timed("VAE"):
-                moments.append(_encode(vae, pixels, plan.dtype))
-                if plan.mirrored:
-                    mirrored.append(_encode(vae, pixels[..., ::-1].copy(), plan.dtype))
-        tally.num_images += len(pixels)
+            moments.append(_encode(vae, pixels, plan.dtype))
+            if plan.mirrored:
+                mirrored.append(_encode(vae, pixels[..., ::-1].copy(), plan.dtype))
         progress.update(len(batch))
-    tally.bad += bad
     if bad and not skip_bad:
-        return None
-    empty = [np.empty((0, *plan.sample_shape), plan.dtype)]
-    return (np.concatenate(moments or empty), np.array(labels, np.int64),
-            np.concatenate(mirrored or empty) if plan.mirrored else None, [name for name, _ in bad])
+        return None, bad
+    return (np.concatenate(moments), np.array(labels, np.int64), np.concatenate(mirrored) if plan.mirrored else None,
+            [name for name, _ in bad]), bad
 
 
 def _encode(vae, pixels, dtype):

@@ -6,7 +6,7 @@
     DIR/labels-00000.npy      (n,) int64 class indices
     DIR/.partial/             plan and records of finished shards; gone once the set is complete
 
-`python3 -m dataset.store DIR [--verify]` says what a set holds and checks its checksums.
+`python3 -m dataset.store DIR` says what a set holds and checks its checksums.
 """
 
 import argparse
@@ -14,13 +14,14 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 
-from dataset.base import LatentSet, check_not_cut, per_channel
+from dataset.base import LatentSet, check_not_cut, per_channel, reading
 from utils.cli import UserError, run
 from utils.files import make_folder, told, write_whole
 
@@ -57,6 +58,7 @@ class Plan:
             if not fits:
                 raise UserError(f"{key}={_short(getattr(self, key))}, wanted {wanted}")
 
+        object.__setattr__(self, "sample_shape", tuple(self.sample_shape))  # a list in JSON
         for key, least in (("num_images", 1), ("shard_size", 1), ("num_classes", 0)):
             check(type(getattr(self, key)) is int and getattr(self, key) >= least, key, f"a whole number from {least}")
         shape = self.sample_shape
@@ -75,6 +77,17 @@ class Plan:
         """Image indices of a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.num_images))
 
+    def arrays(self, count):
+        """{kind: (shape, dtype)} of the arrays of a shard with `count` samples."""
+        moments = ((count, *self.sample_shape), np.dtype(self.dtype))
+        return {"moments": moments, **({"mirrored": moments} if self.mirrored else {}), "labels": ((count,), np.dtype(np.int64))}
+
+    def settings(self):
+        """All values by name, those of made_by among them, as JSON gives them back."""
+        values = json.loads(json.dumps(asdict(self)))
+        made_by = values.pop("made_by")
+        return values | made_by
+
 
 class LatentWriter:
     """Writes a set shard by shard, in any order and from several processes; a killed writer goes on with the next shard.
@@ -89,22 +102,25 @@ class LatentWriter:
         with told(self.path):
             self.complete = (self.path / MANIFEST).is_file()
             if self.complete:
-                manifest = read_manifest(self.path)
-                manifest["num_images"] += len(manifest["skipped"])
-                _compare_plans(self.path, manifest, plan)
+                manifest, found = read_manifest(self.path)
+                self._compare(replace(found, num_images=found.num_images + len(manifest["skipped"])))
             elif any(self.partial.glob("shard-*.json")):
-                _compare_plans(self.path, json.loads((self.partial / PLAN).read_text()), plan)
+                self._compare(Plan(**json.loads((self.partial / PLAN).read_text())))
             else:
-                self._begin()
+                found = sorted(os.listdir(self.path)) if self.path.is_dir() else []
+                if found and PARTIAL not in found:
+                    raise UserError(f"{self.path} is not empty ({found[0]}) and no set of latents; choose another folder")
+                make_folder(self.path, "the destination")
+                self.partial.mkdir(exist_ok=True)
+                _write_json(self.partial / PLAN, asdict(plan))
 
-    def _begin(self):
-        others = sorted(entry.name for entry in self.path.iterdir() if entry.name != PARTIAL) if self.path.is_dir() else []
-        foreign = [name for name in others if ".npy" not in name or not name.startswith(("moments-", "mirrored-", "labels-"))]
-        if foreign or (others and not self.partial.is_dir()):
-            raise UserError(f"{self.path} is not empty ({(foreign or others)[0]}) and no set of latents; choose another folder")
-        make_folder(self.path, "the destination")
-        self.partial.mkdir(exist_ok=True)
-        _write_file(self.partial / PLAN, _json_bytes(asdict(self.plan)))
+    def _compare(self, found):
+        """Raise UserError unless the plan of what is there is the writer's."""
+        found, wanted = found.settings(), self.plan.settings()
+        for key in (*wanted, *found):
+            if found.get(key) != wanted.get(key):
+                raise UserError(f"{self.path} was made with {key}={_short(found.get(key))}, now {key}={_short(wanted.get(key))}; "
+                                f"use the same settings, or choose another folder")
 
     def pending(self):
         """Shards not yet written, in order."""
@@ -117,31 +133,33 @@ class LatentWriter:
 
         Raises UserError for values that are not finite in the stored type, ValueError for what does not fit the plan.
         """
-        if (mirrored is not None) != self.plan.mirrored:
-            raise ValueError(f"shard {shard}: mirrored copies {'given' if mirrored is not None else 'missing'}, "
-                             f"the plan says mirrored={self.plan.mirrored}")
-        if len(labels) + len(skipped) != len(self.plan.shard_range(shard)):
-            raise ValueError(f"shard {shard}: {len(labels)} samples and {len(skipped)} skipped, "
-                             f"wanted {len(self.plan.shard_range(shard))} together")
-        files = {}
-        for kind, array in (("moments", moments), ("mirrored", mirrored)):
-            if array is not None:
-                files[f"{kind}-{shard:05d}.npy"] = self._checked_moments(shard, kind, array, len(labels))
-        files[f"labels-{shard:05d}.npy"] = self._checked_labels(shard, labels)
+        wanted = self.plan.arrays(len(self.plan.shard_range(shard)) - len(skipped))
+        given = {"moments": moments, "mirrored": mirrored, "labels": labels}
+        shapes = {kind: np.shape(array) for kind, array in given.items() if array is not None}
+        if shapes != {kind: shape for kind, (shape, _) in wanted.items()}:
+            raise ValueError(f"shard {shard} of shapes {shapes} and {len(skipped)} skipped, wanted {wanted}")
+        if len(labels) and not 0 <= np.min(labels) <= np.max(labels) <= max(self.plan.num_classes - 1, 0):
+            raise ValueError(f"shard {shard}: labels {np.min(labels)}..{np.max(labels)} for {self.plan.num_classes} classes")
         record = {"count": len(labels), "files": {}, "skipped": list(skipped)}
-        for name, array in files.items():
+        with np.errstate(over="ignore"):
+            arrays = {kind: np.ascontiguousarray(given[kind], dtype) for kind, (_, dtype) in wanted.items()}
+        for kind, array in arrays.items():
+            if not np.isfinite(array).all():
+                raise UserError(f"shard {shard}: {kind} not finite as {array.dtype}; is the VAE the right one? "
+                                f"float32 storage takes larger values")
+        for kind, array in arrays.items():
             buffer = io.BytesIO()
             np.lib.format.write_array(buffer, array, allow_pickle=False)
-            data = buffer.getbuffer()
+            data, name = buffer.getbuffer(), _file_name(kind, shard)
             _write_file(self.path / name, data)
             record["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        _write_file(self._record_file(shard), _json_bytes(record))
+        _write_json(self._record_file(shard), record)
 
     def finish(self):
         """Write the manifest, which makes the set complete. Returns it. Raises UserError if shards are missing."""
         if self.complete:
             shutil.rmtree(self.partial, ignore_errors=True)  # a kill between manifest and tidying leaves it
-            return read_manifest(self.path)
+            return read_manifest(self.path)[0]
         if self.pending():
             raise UserError(f"{self.path} still lacks shards {self.pending()[:8]} of {self.plan.num_shards}; run the same command again")
         records = [json.loads(self._record_file(shard).read_text()) for shard in range(self.plan.num_shards)]
@@ -153,32 +171,13 @@ class LatentWriter:
             raise UserError(f"{self.path}: every image was skipped, nothing to store")
         for left_over in self.path.glob("*.tmp"):  # by a writer that was killed
             left_over.unlink()
-        _write_file(self.path / MANIFEST, _json_bytes(manifest))
+        _write_json(self.path / MANIFEST, manifest)
         self.complete = True
         shutil.rmtree(self.partial)
         return manifest
 
     def _record_file(self, shard):
         return self.partial / f"shard-{shard:05d}.json"
-
-    def _checked_moments(self, shard, kind, array, count):
-        wanted = (count, *self.plan.sample_shape)
-        if array.shape != wanted:
-            raise ValueError(f"shard {shard}: {kind} of shape {array.shape}, wanted {wanted}")
-        with np.errstate(over="ignore"):
-            array = np.ascontiguousarray(array, self.plan.dtype)
-        finite = np.isfinite(array).all((1, 2, 3))
-        if not finite.all():
-            raise UserError(f"shard {shard}: {kind} of sample {int(np.flatnonzero(~finite)[0])} not finite as "
-                            f"{self.plan.dtype}; is the VAE the right one? float32 storage takes larger values")
-        return array
-
-    def _checked_labels(self, shard, labels):
-        labels = np.ascontiguousarray(labels, np.int64)
-        top = max(self.plan.num_classes - 1, 0)
-        if len(labels) and not 0 <= labels.min() <= labels.max() <= top:
-            raise ValueError(f"shard {shard}: labels {labels.min()}..{labels.max()}, wanted 0..{top}")
-        return labels
 
 
 class StoredLatents(LatentSet):
@@ -191,32 +190,24 @@ class StoredLatents(LatentSet):
 
     def __init__(self, path):
         self.path, self.name = Path(path), str(path)
-        self.manifest = read_manifest(self.path)
-        for key in ("num_images", "num_classes", "scale", "shift", "vae"):
-            setattr(self, key, self.manifest[key])
-        self.vae_digest = self.manifest.get("vae_digest", "")  # sets of older versions do not have it
-        self.sample_shape = tuple(self.manifest["sample_shape"])
-        self.dtype = np.dtype(self.manifest["dtype"])
-        self.class_names = list(self.manifest["class_names"])
-        self.holds_mirrored = self.manifest["mirrored"]
-        counts = [shard["count"] for shard in self.manifest["shards"]]
-        self._ends = np.cumsum(counts)
-        self._starts = self._ends - counts
-        for name, entry in self._files():
-            file = self.path / name
-            found = file.stat().st_size if file.is_file() else None
-            if found != entry["bytes"]:
-                raise UserError(f"{file}: {'missing' if found is None else f'{found} bytes'}, "
-                                f"the manifest wants {entry['bytes']} bytes; restore the file or make the set again")
+        self.manifest, self.plan = read_manifest(path)
+        for key in ("num_images", "sample_shape", "num_classes", "scale", "shift", "vae", "vae_digest"):
+            setattr(self, key, getattr(self.plan, key))
+        self.dtype, self.class_names, self.holds_mirrored = np.dtype(self.plan.dtype), list(self.plan.class_names), self.plan.mirrored
+        self._counts = [shard["count"] for shard in self.manifest["shards"]]
+        self._ends = np.cumsum(self._counts)
+        self._starts = self._ends - self._counts
+        for name, entry in self._files().items():
+            check_not_cut(self.path / name, entry["bytes"])
         self._maps = {}
-        self._labels = None
+        self.labels = np.concatenate([self._map("labels", shard) for shard in range(len(self._counts))])
 
     def __getstate__(self):
         return {**self.__dict__, "_maps": {}}  # a memory map would be pickled as all of its data
 
     def verify(self):
         """Compare every file's SHA-256 with the manifest. Raises UserError that names the first to differ."""
-        for name, entry in self._files():
+        for name, entry in self._files().items():
             with open(self.path / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != entry["sha256"]:
@@ -224,57 +215,50 @@ class StoredLatents(LatentSet):
                                 f"restore the file or make the set again")
 
     def _files(self):
-        return [item for shard in self.manifest["shards"] for item in shard["files"].items()]
+        return {name: entry for shard in self.manifest["shards"] for name, entry in shard["files"].items()}
 
     def _read_samples(self, indices, out):
         images = indices % self.num_images
         shards = np.searchsorted(self._ends, images, side="right")
         places = (images - self._starts[shards]).tolist()
         files = (shards + indices // self.num_images * len(self._ends)).tolist()  # the mirrored shards count after the others
-        one_of_each = dict(zip(files, indices.tolist()))
-        maps = {file: self._map(file, index) for file, index in one_of_each.items()}
+        maps = {}
+        for file in set(files):
+            mirrored, shard = divmod(file, len(self._ends))
+            maps[file] = self._map("mirrored" if mirrored else "moments", shard)
         for row, file, place in zip(out, files, places):
             row[:] = maps[file][place]
 
-    def _map(self, file, index):
-        """Shard number `file` of the moments, or of the mirrored moments from num_shards on. index: a sample in it, for messages."""
-        kind, shard = divmod(file, len(self._ends))
-        name = f"{('moments', 'mirrored')[kind]}-{shard:05d}.npy"
+    def _map(self, kind, shard):
+        """An array of a shard, memory-mapped. Raises UserError if the file is cut or its header is not as the manifest says."""
+        name = _file_name(kind, shard)
         check_not_cut(f"{self.path}/{name}", self.manifest["shards"][shard]["files"][name]["bytes"])
         if name not in self._maps:
-            shape = (self.manifest["shards"][shard]["count"], *self.sample_shape)
-            self._maps[name] = _mapped(self.path / name, shape, self.dtype)
+            with reading(self.path / name):
+                array = np.load(self.path / name, mmap_mode="r", allow_pickle=False)
+            wanted = self.plan.arrays(self._counts[shard])[kind]
+            if (array.shape, array.dtype) != wanted:
+                raise UserError(f"{self.path / name}: {array.dtype} of shape {array.shape}, the manifest wants {wanted}")
+            self._maps[name] = np.asarray(array)  # still the mapped memory; plain arrays are faster to index than np.memmap
         return self._maps[name]
-
-    def _read_labels(self, image_indices):
-        if self._labels is None:
-            shards = enumerate(self.manifest["shards"])
-            self._labels = np.concatenate([_mapped(self.path / f"labels-{i:05d}.npy", (shard["count"],), np.dtype(np.int64))
-                                           for i, shard in shards])
-        return self._labels[image_indices]
 
 
 def read_manifest(path):
-    """The manifest of the set in the folder `path` as a dict. Raises UserError if it is missing, not ours or impossible."""
+    """The manifest of the set in the folder `path`, a dict, and its `Plan`. Raises UserError if it is missing or impossible."""
     file = Path(path) / MANIFEST
     if not file.is_file():
         reason = "its writer was interrupted: run the same command again" if (Path(path) / PARTIAL).is_dir() else "not a set"
         raise UserError(f"{file} is missing ({reason})")
     try:
         manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error}); restore it or make the set again") from error
-    kind = (manifest.get("format"), manifest.get("version")) if isinstance(manifest, dict) else None
-    if kind != (FORMAT, VERSION):
-        raise UserError(f"{file} is of format and version {kind}, wanted {(FORMAT, VERSION)}")
-    try:
+        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            raise UserError(f"its format and version are not {FORMAT} {VERSION}")
         plan = Plan(**{key.name: manifest[key.name] for key in fields(Plan) if key.name in manifest})
         _check_shards(plan, manifest["shards"])
-    except UserError as error:
-        raise UserError(f"{file}: {error}; restore the file or make the set again") from None
-    except (KeyError, TypeError, AttributeError) as error:  # a key is missing, or a list where a number is due
-        raise UserError(f"{file} is damaged ({error!r}); restore it or make the set again") from error
-    return manifest
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # a key is missing, or a list where a number is due
+        reason = error if isinstance(error, UserError) else repr(error)
+        raise UserError(f"{file} is damaged: {reason}; restore the file or make the set again") from error
+    return manifest, plan
 
 
 def _check_shards(plan, shards):
@@ -282,38 +266,18 @@ def _check_shards(plan, shards):
 
     The files' sizes are checked too, so no number in a manifest makes a reader ask for more memory than there is data.
     """
-    sizes = {"moments": math.prod(plan.sample_shape) * np.dtype(plan.dtype).itemsize, "labels": 8}  # bytes of one sample
-    sizes |= {"mirrored": sizes["moments"]} if plan.mirrored else {}
     for number, shard in enumerate(shards):
         found = {name: entry["bytes"] for name, entry in shard["files"].items()}
-        least = {f"{kind}-{number:05d}.npy": size * shard["count"] for kind, size in sizes.items()}
+        least = {_file_name(kind, number): math.prod(shape) * dtype.itemsize
+                 for kind, (shape, dtype) in plan.arrays(shard["count"]).items()}
         if found.keys() != least.keys() or not all(0 < found[name] - least[name] <= NPY_HEADER for name in least):
             raise UserError(f"shard {number} counts {_short(shard['count'])} samples, which its files {_short(found)} do not fit")
     if plan.num_images != sum(shard["count"] for shard in shards):
         raise UserError(f"num_images={plan.num_images}, wanted the sum of the shards' counts")
 
 
-def _mapped(file, shape, dtype):
-    """Memory-map a .npy file. Raises UserError if its header says another shape or type."""
-    try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{file} is damaged ({error}); restore it or make the set again") from error
-    if array.shape != shape or array.dtype != dtype:
-        raise UserError(f"{file}: {array.dtype} of shape {array.shape}, the manifest wants {dtype} of shape {shape}")
-    return np.asarray(array)  # still the mapped memory; plain arrays are faster to index than np.memmap
-
-
-def _compare_plans(path, found, plan):
-    """found: dict with the keys of a plan, as read from JSON."""
-    wanted = json.loads(json.dumps(asdict(plan)))  # tuples become lists, as in `found`
-    for old, new in ((found, wanted), (found["made_by"], wanted["made_by"])):
-        for key in new:
-            if key != "made_by" and old.get(key) != new[key]:
-                raise UserError(f"{path} was made with {key}={_short(old.get(key))}, now {key}={_short(new[key])}; "
-                                f"use the same settings, or choose another folder")
-    if found["made_by"].keys() != wanted["made_by"].keys():
-        raise UserError(f"{path} was made by another program ({', '.join(found['made_by'])}); choose another folder")
+def _file_name(kind, shard):
+    return f"{kind}-{shard:05d}.npy"
 
 
 def _short(value):
@@ -321,8 +285,8 @@ def _short(value):
     return text if len(text) < 100 else text[:100] + "..."
 
 
-def _json_bytes(value):
-    return (json.dumps(value, indent=1) + "\n").encode()
+def _write_json(file, value):
+    _write_file(file, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def _write_file(file, data):
@@ -331,18 +295,12 @@ def _write_file(file, data):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Say what a set of stored latents holds; check it with --verify.")
+    parser = argparse.ArgumentParser(description="Say what a set of stored latents holds, and compare every file with its checksum.")
     parser.add_argument("path", help="folder of the set")
-    parser.add_argument("--verify", action="store_true", help="compare every file's checksum with the manifest")
-    args = parser.parse_args()
-    latents = StoredLatents(args.path)
-    info = latents.manifest
-    print(f"{args.path}: {info['num_images']} images{' and their mirrored copies' if info['mirrored'] else ''}, "
-          f"{info['num_classes']} classes, moments {tuple(info['sample_shape'])} {info['dtype']}, "
-          f"scale {info['scale']}, shift {info['shift']}, VAE {info['vae']}, {len(info['skipped'])} images skipped")
-    if args.verify:
-        latents.verify()
-        print(f"{len(info['shards'])} shards: every checksum is right")
+    latents = StoredLatents(parser.parse_args().path)
+    print(f"{latents.name}: {latents.plan}, {len(latents.manifest['skipped'])} images skipped")
+    latents.verify()
+    print(f"{len(latents.manifest['shards'])} shards: every checksum is right")
 
 
 if __name__ == "__main__":
