@@ -39,12 +39,27 @@ def parse_arguments():
 
 def main():
     args = parse_arguments()
-    from utils import distributed
-    from dataset.extract import extract
-    from utils.logging import say
+    import torch
 
+    from dataset.extract import extract, make_plan
+    from dataset.images import open_images
+    from models import load_autoencoder
+    from utils import distributed
+    from utils.logging import say
+    from utils.precision import setup_backends
+
+    if args.num_workers is not None and args.num_workers < 1:
+        raise UserError(f"--num_workers {args.num_workers} must be at least 1")
     distributed.init(timeout_s=7 * 86400)  # a process that is done waits for the slowest
-    images, vae, plan = prepare(args)
+    images = open_images(args.images, args.resolution, args.xflip)
+    setup_backends(tf32=False, deterministic=True)
+    device = distributed.device()
+    types = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    vae_dtype = types[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    vae = load_autoencoder(args.vae, device)
+    vae_name = Path(args.vae).name if Path(args.vae).exists() else args.vae  # the set names no place of this machine
+    plan = make_plan(images, vae, vae_name, vae_dtype, args.first, args.num_images, args.batch, types[args.store], args.shard_size)
+    vae = vae.to(dtype=getattr(torch, vae_dtype), memory_format=torch.channels_last)
     say(f"{args.images}: {plan.num_images:,} images, {images.num_classes or 'no'} classes -> {args.dest}, "
         f"moments {plan.sample_shape} {plan.dtype}{', mirrored copies too' if plan.mirrored else ''}")
     manifest, bad = extract(images, vae, args.dest, plan, args.skip_bad, args.num_workers)
@@ -57,29 +72,6 @@ def main():
     if manifest is None:
         raise UserError(f"{len(bad)} images of {args.images} cannot be read, the first is {bad[0][0]}; replace them or give "
                         f"--skip_bad, then run the same command again: finished shards are kept")
-
-
-def prepare(args):
-    """The images, the VAE and the plan that `args` ask for, everything checked."""
-    import torch
-
-    from models import load_autoencoder
-    from utils import distributed
-    from dataset.extract import make_plan
-    from dataset.images import open_images
-    from utils.precision import setup_backends
-
-    if args.num_workers is not None and args.num_workers < 1:
-        raise UserError(f"--num_workers {args.num_workers} must be at least 1")
-    images = open_images(args.images, args.resolution, args.xflip)
-    setup_backends(tf32=False, deterministic=True)
-    device = distributed.device()
-    types = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    vae_dtype = types[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
-    vae = load_autoencoder(args.vae, device)
-    vae_name = Path(args.vae).name if Path(args.vae).exists() else args.vae  # the set names no place of this machine
-    plan = make_plan(images, vae, vae_name, vae_dtype, args.first, args.num_images, args.batch, types[args.store], args.shard_size)
-    return images, vae.to(dtype=getattr(torch, vae_dtype), memory_format=torch.channels_last), plan
 
 
 if __name__ == "__main__":

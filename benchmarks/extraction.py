@@ -1,4 +1,4 @@
-"""How fast images become latents, and how fast they are decoded alone: a real extraction of synthetic photographs (500x375 JPEGs), 256 px latents.
+"""How fast images become latents: a real extraction of synthetic photographs (500x375 JPEGs), 256 px latents.
 
     python -m benchmarks.extraction --json benchmarks/results/extraction.json
 

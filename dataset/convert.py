@@ -28,42 +28,32 @@ def parse_arguments():
     return parser.parse_args()
 
 
-def make_plan(source, args):
-    """The `Plan` of converting the `LatentSet` source."""
-    from dataset.store import Plan
-
-    dtype = {"keep": source.dtype.name, "fp16": "float16", "fp32": "float32"}[args.store]
-    chunks = (range(i, min(i + CHUNK, source.num_images)) for i in range(0, source.num_images, CHUNK))
-    largest = max(int(source.read_labels(chunk).max()) for chunk in chunks)  # also finds labels that --num_classes does not allow
-    num_classes = largest + 1 if source.num_classes is None else source.num_classes
-    made_by = {"program": "dataset.convert", "source": Path(source.name).name}
-    return Plan(source.num_images, source.sample_shape, dtype, source.mirrored, num_classes, tuple(source.class_names),
-                source.scale, source.shift, args.vae or source.vae, args.shard_size, made_by, source.vae_digest)
-
-
 def main():
     args = parse_arguments()
     from dataset.formats import find_latents
-    from dataset.store import LatentWriter
+    from dataset.store import LatentWriter, Plan
     from utils.logging import Progress
 
     source = find_latents(args.source).expect_classes(args.num_classes)
     source.use_scale(args.scale, args.shift)
     source.mirrored = source.holds_mirrored
-    plan = make_plan(source, args)
+    chunks = (range(i, min(i + CHUNK, source.num_images)) for i in range(0, source.num_images, CHUNK))
+    largest = max(int(source.read_labels(chunk).max()) for chunk in chunks)  # also finds labels that --num_classes does not allow
+    plan = Plan(num_images=source.num_images, sample_shape=source.sample_shape, mirrored=source.mirrored,
+                dtype={"keep": source.dtype.name, "fp16": "float16", "fp32": "float32"}[args.store],
+                num_classes=largest + 1 if source.num_classes is None else source.num_classes, class_names=tuple(source.class_names),
+                scale=source.scale, shift=source.shift, vae=args.vae or source.vae, vae_digest=source.vae_digest,
+                shard_size=args.shard_size, made_by={"program": "dataset.convert", "source": Path(source.name).name})
     writer = LatentWriter(args.dest, plan)
-    pending = writer.pending()
-    with Progress(plan.num_images, "converting", "images",
-                  initial=plan.num_images - sum(len(plan.shard_range(shard)) for shard in pending)) as progress:
-        for shard in pending:
+    with Progress(sum(len(plan.shard_range(shard)) for shard in writer.pending()), "converting", "images") as progress:
+        for shard in writer.pending():
             images = plan.shard_range(shard)
             moments, labels = source.read(images)
             mirrored = source.read([image + source.num_images for image in images])[0] if source.mirrored else None
             writer.write(shard, moments, labels, mirrored)
             progress.update(len(images))
-    manifest = writer.finish()
-    print(f"{args.dest}: complete, {manifest['num_images']:,} images{' and their mirrored copies' if plan.mirrored else ''}, "
-          f"{plan.num_classes} classes, moments {plan.sample_shape} {plan.dtype}, scale {plan.scale}, shift {plan.shift}")
+    writer.finish()
+    print(f"{args.dest}: complete, {plan}")
 
 
 if __name__ == "__main__":
