@@ -18,7 +18,7 @@ NPY_MAGIC = b"\x93NUMPY"
 
 
 class SampleSet:
-    """Samples and their labels by number. Sub-classes fill in `_read_samples`, and `labels` or `_read_labels`.
+    """Samples and their labels by number. Sub-classes have `_read_samples(indices, out)`, and `labels` or `_read_labels(images)`.
 
     name: the path, for messages. num_images: images without their mirrored copies.
     sample_shape, dtype: of one sample, as it is stored.
@@ -71,9 +71,6 @@ class SampleSet:
             self.num_classes = num_classes
         return self
 
-    def _read_samples(self, indices, out):
-        raise NotImplementedError
-
     def _read_labels(self, images):
         return self.labels[images]
 
@@ -81,8 +78,8 @@ class SampleSet:
 class LatentSet(SampleSet):
     """Stored latents of any format: samples are VAE moments (2C, H, W), mean then log-variance.
 
-    Formats that keep one array for each image fill in `_array` and call `_look_at_first`. An array (C, H, W) that holds latents
-    becomes moments with the lowest log-variance in use: drawing from them gives the latents back.
+    Formats that keep one array for each image have `_array(image, mirrored)`, which gives it (C, H, W) and 'file: key' for messages,
+    and call `_look_at_first`. An array that holds latents becomes moments with the lowest log-variance in use: drawing from them gives the latents back.
 
     scale, shift: latents = scale * (z - shift); numbers, or lists of one number per channel.
     says_scale: whether the files say so themselves. If not, these are what the format's own project uses.
@@ -132,10 +129,6 @@ class LatentSet(SampleSet):
                 raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted {self.dtype} of shape {row.shape} "
                                 f"as the first sample")
             row[:] = array
-
-    def _array(self, image, mirrored):
-        """The stored array (C, H, W) of an image (or its mirrored copy), and 'file: key' for messages."""
-        raise NotImplementedError
 
 
 def per_channel(name, value, channels):

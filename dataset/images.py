@@ -96,7 +96,8 @@ def centre_crop(image, size):
 
 
 class ImageSet(SampleSet):
-    """Images of one source; sub-classes fill in `picture` and `size`.
+    """Images of one source. Sub-classes have picture(index): image `index` at its own size as (H, W, 3) uint8, not mirrored; and
+    size(index): its (width, height), without decoding it. Both raise CorruptImage.
 
     resolution: samples are (3, resolution, resolution) uint8, centre-cropped. None: the images are there at their own size,
         by `picture` alone. names: of the images, where they have any. labels: (N,) int64, zeros without classes.
@@ -113,14 +114,6 @@ class ImageSet(SampleSet):
         self.labels, self.num_images, self.num_classes = labels, len(labels), num_classes
         self.names, self.class_names = names, list(class_names)
         self.sample_shape = None if resolution is None else (3, resolution, resolution)
-
-    def picture(self, index):
-        """Image `index` at its own size as (H, W, 3) uint8, not mirrored. Raises CorruptImage."""
-        raise NotImplementedError
-
-    def size(self, index):
-        """(width, height) of image `index`, without decoding it. Raises CorruptImage."""
-        raise NotImplementedError
 
     def image(self, index):
         """Image `index` as (3, resolution, resolution) uint8, not mirrored. Raises CorruptImage."""

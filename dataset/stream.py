@@ -23,10 +23,7 @@ def _permutation(num_samples, seed, epoch):
 
 
 def stream_indices(num_samples, seed, start, count):
-    """Sample indices (count,) int64 at the positions start .. start+count-1 of the endless stream.
-
-    Raises ValueError if there are no samples.
-    """
+    """Sample indices (count,) int64 at the positions start .. start+count-1 of the endless stream."""
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}: an empty set has no stream")
     parts, position = [], start
