@@ -209,7 +209,8 @@ def launch(script, argv, num_processes, num_nodes=1, node_rank=0, master_address
         failed_rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
-        print(f"error: the process of rank {failed_rank} was ended by {failure.signal_name()} (SIGKILL: perhaps out of memory)", file=sys.stderr)
+        print(f"error: the process of rank {failed_rank} was ended by {failure.signal_name()} (SIGKILL: perhaps out of memory)",
+              file=sys.stderr)
         return 128 - failure.exitcode
     return 0
 
