@@ -12,7 +12,7 @@ MOST_LINES = {
     "dataset": 1583,  # to 1,300
     "fid": 1120,
     "sampling": 584,  # to 520
-    "training": 1070,  # to 1,000
+    "training": 1075,  # to 1,000
     "utils": 1320,
     ".": 790,  # to 480
     "scripts": 330,

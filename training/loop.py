@@ -227,27 +227,25 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
 def prepare_model(state, loss, log):
     """The network as the loop calls it: blocks compiled, wrapped for several processes.
 
-    Passes on zeros settle what the first pass settles (kernels, DDP's buckets), the same in a new and in a resumed run: with
-    3 or more ranks, the layout of DDP's buckets changes the order of sums. Where the number of kept tokens will change, they go
-    up to the last one: what will not fit fails now, and nothing is compiled later.
+    Passes on zeros settle what the first pass settles (kernels; DDP's buckets, which change the order of sums), the same in a new and
+    in a resumed run. Where the number of kept tokens will change, what will not fit fails now, and nothing is compiled later.
     """
     net, train = state.net, state.config.train
     latents = torch.zeros(train.batchsize // train.grad_accum, net.in_channels, net.in_size, net.in_size, device=state.device)
     labels = torch.zeros(len(latents), dtype=torch.int64, device=state.device) if net.num_classes else None
     first, last = (count_kept(net.num_tokens, ratio) for ratio in (train.mask_ratio, train.mask_ratio_min))
-    near = first + (-first % 8 or 1)  # inductor makes one graph for counts divisible by 8, and one for the rest
-    counts = list(dict.fromkeys([first, min(near, last), last])) if train.mask_ratio_varies else [first]
+    near = min(last, first + (-first % 8 or 1))  # inductor makes one graph for counts divisible by 8, and one for the rest
+    counts = sorted({first, near, last}) if train.mask_ratio_varies else [first]
 
     def rehearse(model):
-        # room for AdamW's moments, which the first step makes
-        moments = [] if state.optimizer.state else [torch.empty_like(p) for p in net.parameters() if p.requires_grad for _ in range(2)]
+        moments = not state.optimizer.state and [torch.empty_like(p) for p in net.parameters() if p.requires_grad for _ in range(2)]
         for count in counts:
-            ratio = 1 - (count + 0.5) / net.num_tokens if count < net.num_tokens else 0.0
+            ratio = max(0.0, 1 - (count + 0.5) / net.num_tokens)
             with state.autocast:
                 losses = loss(model, latents, labels, ratio, torch.Generator(state.device).manual_seed(0))
             sum(values.sum() for values in losses.values()).backward()
             state.optimizer.zero_grad(set_to_none=True)
-        del moments
+        del moments  # the first step makes AdamW's two; until here they took their room
 
     if state.compiled:
         log.say("compiling the blocks: about 1 minute on the first batch")
