@@ -24,7 +24,8 @@ def make_encode(config, dataset, device):
     side = config.data.resolution // autoencoder.downsample
     if (autoencoder.latent_channels, side) != (config.model.in_channels, config.model.in_size):
         raise UserError(f"vae.path={config.vae.path} makes {autoencoder.latent_channels} x {side} x {side} latents of "
-                        f"data.resolution={config.data.resolution}; set model.in_channels={autoencoder.latent_channels} and model.in_size={side}")
+                        f"data.resolution={config.data.resolution}; set model.in_channels={autoencoder.latent_channels} "
+                        f"and model.in_size={side}")
 
     @torch.no_grad()
     def encode(images, generator):

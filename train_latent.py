@@ -17,8 +17,8 @@ def open_dataset(config):
     model = config.model
     wanted = (2 * model.in_channels, model.in_size, model.in_size)
     if dataset.sample_shape != wanted:
-        raise UserError(f"data.root={config.data.root} holds moments of shape {dataset.sample_shape}, but model.in_channels={model.in_channels} "
-                        f"and model.in_size={model.in_size} want {wanted}")
+        raise UserError(f"data.root={config.data.root} holds moments of shape {dataset.sample_shape}, but "
+                        f"model.in_channels={model.in_channels} and model.in_size={model.in_size} want {wanted}")
     return dataset
 
 

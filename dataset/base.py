@@ -79,7 +79,8 @@ class LatentSet(SampleSet):
     """Stored latents of any format: samples are VAE moments (2C, H, W), mean then log-variance.
 
     Formats that keep one array for each image have `_array(image, mirrored)`, which gives it (C, H, W) and 'file: key' for messages,
-    and call `_look_at_first`. An array that holds latents becomes moments with the lowest log-variance in use: drawing from them gives the latents back.
+    and call `_look_at_first`. An array that holds latents becomes moments with the
+    lowest log-variance in use: drawing from them gives the latents back.
 
     scale, shift: latents = scale * (z - shift); numbers, or lists of one number per channel.
     says_scale: whether the files say so themselves. If not, these are what the format's own project uses.

@@ -173,7 +173,8 @@ def load_net(path, which, config_path, overrides, device):
     checkpoint = load_checkpoint(path)
     weights = weights_of(checkpoint, which, path)
     if config_path is None and "config" not in checkpoint:
-        raise UserError(f"checkpoint {path} carries no config; describe its network with --config (configs/test/ is for the published ones)")
+        raise UserError(f"checkpoint {path} carries no config; describe its network with --config "
+                        f"(configs/test/ is for the published ones)")
     config = load_config(config_path, overrides, _config_of(checkpoint, path))
     net = build_model(**model_arguments(config)).to(device).eval().requires_grad_(False)
     load_weights_into(net, weights, path)

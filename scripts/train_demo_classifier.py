@@ -12,16 +12,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import save_file
-from scipy.ndimage import uniform_filter
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset.idx import load_fashion_mnist
-from fid.embeddings import Classifier, ClassifierNet
-from fid.evaluate import Evaluator
 from utils import cli
 from utils.files import file_sha256
 
@@ -32,6 +26,11 @@ NUM_DEMO_IMAGES = 8000  # of the t10k file: what the demo's MaskDiT trains on; t
 
 def train(images, labels, epochs, seed):
     """Return a ClassifierNet trained on images (N, 32, 32) uint8 with labels (N,) int64, half of them mirrored each epoch."""
+    import torch
+    from torch.nn import functional as F
+
+    from fid.embeddings import ClassifierNet
+
     torch.manual_seed(seed)
     net = ClassifierNet().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=PEAK_LR, weight_decay=0.05)
@@ -65,6 +64,8 @@ def accuracy(classifier, grey, labels):
 
 def examples(held_out, labels):
     """name -> (N, 32, 32) uint8: the held-out images, and ways in which they can be bad samples."""
+    from scipy.ndimage import uniform_filter
+
     rng = np.random.default_rng(0)
     found = {"held-out real images": held_out}
     for level in (5, 15, 40):
@@ -80,6 +81,8 @@ def examples(held_out, labels):
 
 def scores(classifier, real, held_out, held_out_labels):
     """[(name, number of images, FD, FD / total variance of the reference)] against the demo's training images."""
+    from fid.evaluate import Evaluator
+
     evaluator = Evaluator(as_rgb(real), metrics=("fid",), embedding=classifier)
     rows = []
     for name, grey in examples(held_out, held_out_labels).items():
@@ -123,6 +126,10 @@ def main():
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    from safetensors.torch import save_file
+
+    from fid.embeddings import Classifier
+
     images, labels = load_fashion_mnist(args.data, "train")
     test_images, test_labels = load_fashion_mnist(args.data, "test")
     net = train(images, labels, args.epochs, args.seed)

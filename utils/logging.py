@@ -114,7 +114,7 @@ class RunLog:
             self.text_file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def metrics(self, step, values):
-        """One line of metrics.jsonl (`step` first), and the same numbers to TensorBoard and wandb. NaN and Inf are null: JSON has neither."""
+        """One line of metrics.jsonl (`step` first), and the same numbers to TensorBoard and wandb. NaN and Inf become null."""
         if self.metrics_file is None:
             return
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
