@@ -5,7 +5,7 @@
 FLOPs are counted by torch on the config's network; so is what torch keeps for the backward pass, to which memory adds what every weight
 needs. Time is FLOPs over the GPU's peak times --utilisation. The default, 0.35, is what the paper's own run reached (MaskDiT with AMP,
 2.16 steps/s of 1024 images on 8 A100); its other runs reached 0.23 to 0.44. With few images per GPU (16 of XL/2) a step waits
-for the optimizer and for gradients, and the time is too short. Slow data, slow links and evaluations on the way are not in the arithmetic either.
+for the optimizer and for gradients, and the time is too short. Slow data, slow links and evaluations are not in the arithmetic either.
 """
 
 from benchmarks.common import make_parser, report, start
