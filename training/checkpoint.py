@@ -53,8 +53,7 @@ def _adopt(path):
 
 def _steps_in(folder):
     """Checkpoint files in order of their steps."""
-    found = [path for path in Path(folder).glob("*.pt") if path.stem.isdigit()]
-    return sorted(found, key=lambda path: int(path.stem))
+    return sorted((path for path in Path(folder).glob("*.pt") if path.stem.isdigit()), key=lambda path: int(path.stem))
 
 
 class CheckpointWriter:
