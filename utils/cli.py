@@ -12,6 +12,7 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 EXIT_USER_ERROR = 2
 EXIT_OTHER_FAILED = 1
 EXIT_BAD = 3  # finished, but the result is bad: most steps failed, or images had NaN
+WAIT_FOR_FIRST_S = 5.0
 EXIT_STOPPED = 75  # the run was asked to stop, saved, and can go on: start the same command again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_NOTICE_S = 3.0  # Ctrl-C reaches a worker from the terminal and from its launcher: within this time it is one signal
@@ -75,6 +76,8 @@ def _report(error):
         print(f"error on rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
     elif not several and int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0:  # not connected yet, so all find the same
         print(f"error: {text}", file=sys.stderr, flush=True)
+    elif not several:
+        time.sleep(WAIT_FOR_FIRST_S)  # the launcher ends all processes when the first one ends, which must be the one that speaks
     return EXIT_USER_ERROR
 
 
