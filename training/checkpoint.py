@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from sampling.load import damage, file_sha256, first_line, load_checkpoint, manifest_path
+from sampling.load import damage, first_line, load_checkpoint, manifest_path
 from utils.cli import UserError
-from utils.files import make_folder, write_whole
+from utils.files import file_sha256, make_folder, write_whole
 from utils.logging import say
 
 
