@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from benchmarks.work import model_flops
-from experiments import analysis, costs, figures, run
+from experiments import analysis, costs, figures, precision, run
 from experiments.settings import arm_config, flops_of_steps, image_flops, load_setting, plan
 from utils.cli import EXIT_STOPPED, UserError
 
@@ -213,3 +214,26 @@ def test_figures_are_drawn_from_the_stored_numbers(tmp_path):
     for name in ("convergence", "samples"):
         figures.FIGURES[name](folder).savefig(tmp_path / f"{name}.png")
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+# ---- number formats
+
+def test_tf32_keeps_ten_bits_and_rounds_halves_away_from_zero():
+    last = 2.0**-10
+    values = torch.tensor([1 + last, 1 + last / 2, -1 - last / 2, 1 + last / 2 - 2.0**-23, 3.0, 0.0, torch.inf])
+    assert precision.round_to_tf32(values).tolist() == [1 + last, 1 + last, -1 - last, 1.0, 3.0, 0.0, torch.inf]
+
+
+def test_emulated_tf32_rounds_the_factors_of_products_and_nothing_else():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(shape, generator=generator) for shape in ((2, 3, 4), (5, 4), (5,)))
+    rounded = precision.round_to_tf32
+    found = precision.with_tf32_inputs(torch.nn.functional.linear)(x, weight, bias)
+    torch.testing.assert_close(found, rounded(x) @ rounded(weight).T + bias, rtol=0, atol=1e-6)
+    assert (found - (x @ weight.T + bias)).abs().max() > 1e-4
+    found = precision.with_tf32_inputs(torch.nn.functional.scaled_dot_product_attention)(x[None], x[None], x[None])[0]
+    scores = (rounded(x * 2**-0.5) @ rounded(x * 2**-0.5).transpose(1, 2)).softmax(-1)  # scaled on both sides, as torch does it
+    torch.testing.assert_close(found, rounded(scores) @ rounded(x), rtol=0, atol=1e-6)
+    assert torch.equal(precision.with_tf32_inputs(torch.add)(x, x), x + x)
+    with pytest.raises(ValueError, match="mv is a product whose inputs are not rounded"):
+        precision.with_tf32_inputs(torch.mv)(weight, x[0, 0])
