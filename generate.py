@@ -99,7 +99,7 @@ def sample(args, overrides, seeds):
     net, config, class_names, latents = load_net(args.ckpt_path, args.which, args.config, overrides, device)
     setup_backends(tf32=False, deterministic=True, compiled=use_compile(config.sample.compile, device))
     check_sampler(config.sample)
-    for note in notes(config, "sample"):
+    for note in notes(config, device, "sample"):
         say(note)
     class_idx = resolve_classes(args.class_idx, net.num_classes, class_names)
     decode = evaluator = None

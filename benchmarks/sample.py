@@ -45,7 +45,7 @@ def make_arm(config, arm, device):
     from models import build_model, edm_sampler
     from sampling.load import prepare_network
     from sampling.sample import draw_inputs, sample_latents
-    from utils.precision import autocast
+    from utils.precision import arithmetic
 
     torch.manual_seed(0)
     net, sample = build_model(**model_arguments(config)).to(device).eval().requires_grad_(False), config.sample
@@ -57,7 +57,7 @@ def make_arm(config, arm, device):
     @torch.no_grad()
     def plain_latents():
         _, noise, class_labels = draw_inputs(seeds, net, device)
-        with autocast(sample.amp, device):
+        with arithmetic(device, sample.amp, sample.tf32):
             return edm_sampler(plain_guided(net, sample.cfg_scale), noise, class_labels, num_steps=sample.num_steps).float()
 
     return plain_latents

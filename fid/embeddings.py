@@ -4,7 +4,6 @@ An embedding has a `name`, a `device`, `dims` {tap: number of features} and `set
 Each has the tap "pool"; Inception also has "spatial", which sFID needs.
 """
 
-import contextlib
 import hashlib
 import os
 import textwrap
@@ -17,6 +16,7 @@ from fid.sources import check_images
 from utils import distributed
 from utils.cli import UserError
 from utils.files import file_sha256
+from utils.precision import arithmetic
 
 DEFAULT_CLASSIFIER = "assets/demo-classifier"
 DEFAULT_INCEPTION = "assets/pt_inception-2015-12-05-6726825d.pth"
@@ -55,7 +55,7 @@ class Embedding:
     def taps(self, images):
         """{tap: features (B, d)}; images as in a call."""
         check_images(images)
-        with full_precision(self.device):
+        with arithmetic(self.device):
             return self._taps(torch.as_tensor(images).to(self.device, non_blocking=True))
 
 
@@ -192,24 +192,3 @@ def load_strictly(net, state, source, remedy="give a plain state dict of exactly
     except RuntimeError as error:  # it names the tensors that are missing, unexpected or of another shape
         misfits = textwrap.shorten(str(error).partition(":")[2], 300)
         raise UserError(f"{source}: not the weights of this network: {misfits}; {remedy}") from error
-
-
-@contextlib.contextmanager
-def full_precision(device):
-    """Float32 arithmetic without TF32, bfloat16 or autocast, whatever the caller set; the settings are put back after."""
-    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
-    new = hasattr(cuda.matmul, "fp32_precision")  # torch >= 2.9
-    name, exact = ("fp32_precision", "ieee") if new else ("allow_tf32", False)
-    holders = (cuda.matmul, cudnn.conv, mkldnn.conv, mkldnn.matmul) if new else (cuda.matmul, cudnn)
-    saved = [getattr(holder, name) for holder in holders]
-    matmul_precision = torch.get_float32_matmul_precision()
-    try:
-        for holder in holders:
-            setattr(holder, name, exact)
-        with torch.autocast(torch.device(device).type, enabled=False):
-            yield
-    finally:
-        for holder, value in zip(holders, saved):
-            setattr(holder, name, value)
-        if not new:  # put back as True, it turns "medium" into "high"
-            torch.set_float32_matmul_precision(matmul_precision)

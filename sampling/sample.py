@@ -19,7 +19,7 @@ from utils import distributed
 from utils.cli import UserError
 from utils.images import save_grid, to_uint8
 from utils.logging import say
-from utils.precision import autocast
+from utils.precision import arithmetic
 from utils.schema import SampleConfig
 
 CHOICES = ("solver", "discretization", "schedule", "scaling")  # setting one of them chooses the ablation sampler
@@ -110,7 +110,7 @@ def sample_latents(net, seeds, config, device, class_idx=(), progress=None):
     """Sample the latents of some seeds as one batch: (latents (B, C, H, W) float32, class_labels (B,) or None)."""
     streams, noise, class_labels = draw_inputs(seeds, net, device, class_idx)
     model = guided(net, config.cfg_scale if net.num_classes else 1, config.cfg_interval)
-    with autocast(config.amp, device):
+    with arithmetic(device, config.amp, config.tf32):
         latents = build_sampler(config)(model, noise, class_labels, randn_like=streams.randn_like, progress=progress)
     return latents.float(), class_labels
 
@@ -157,7 +157,7 @@ def image_decoder(vae_config, in_channels, device, latents=None, whose=""):
     autoencoder.decode_batch = vae_config.batchsize
 
     def decode(latents):
-        with autocast(vae_config.amp, device):
+        with arithmetic(device, vae_config.amp):
             images = autoencoder.decode(latents.to(device))
         # the image too: half precision overflows in some autoencoders
         return to_uint8(images).cpu().numpy(), finite_rows(images) & finite_rows(latents)

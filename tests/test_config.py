@@ -1,5 +1,6 @@
 """The config schema: what is wrong is found at once, and everything that can be set is read by somebody."""
 
+import argparse
 import ast
 import dataclasses
 from pathlib import Path
@@ -11,6 +12,7 @@ from utils.config import from_dict, gone_keys, load_config, model_arguments, to_
 from utils.schema import KEYS, Config, ModelConfig, SampleConfig, notes
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU = argparse.Namespace(type="cpu")
 
 
 def write(folder, text):
@@ -214,10 +216,18 @@ def test_solver_set_of_old_checkpoints_becomes_the_sampler():
      ["sample.cfg_scale=1.5 has no effect: without classes (model.num_classes=0) there is no guidance"]),
     (["sample.cfg_interval=[0.1,2]"], ["sample.cfg_interval=(0.1, 2.0) has no effect: sample.cfg_scale=1 turns guidance off"]),
     (["sample.cfg_interval=[0.1,2]", "sample.cfg_scale=2"], []),
+    (["sample.tf32=true"], ["sample.tf32=true has no effect on a CPU: only GPUs have TF32"]),
 ])
 def test_settings_without_effect_are_told(overrides, told):
-    assert notes(load_config(None, overrides), "train", "sample") == told
-    assert notes(load_config(None, overrides)) == []
+    assert notes(load_config(None, overrides), CPU, "train", "sample") == told
+    assert notes(load_config(None, overrides), CPU) == []
+
+
+def test_tf32_beside_half_precision_is_told_on_gpus():
+    gpu = argparse.Namespace(type="cuda")
+    told = [notes(load_config(None, ["sample.tf32=true", f"sample.amp={amp}"]), gpu, "sample") for amp in ("no", "bf16", "fp16")]
+    assert told == [[], *([f"sample.tf32=true has no effect: sample.amp={amp} rounds the inputs of matrix products further"]
+                          for amp in ("bf16", "fp16"))]
 
 
 def test_defaults_are_a_valid_config_that_nothing_writes_to():

@@ -9,7 +9,7 @@ import torch
 from training_runs import ROOT
 
 from utils import precision
-from utils.precision import autocast, effective_amp, native_bf16, use_compile
+from utils.precision import arithmetic, autocast, effective_amp, native_bf16, use_compile
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -20,6 +20,36 @@ def test_formats_of_the_cpu():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
     with autocast("fp16", CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def tf32_switches():
+    """Whether matrix products and convolutions may round to TF32, and torch's word for both GPUs and CPUs."""
+    backends = torch.backends
+    return backends.cuda.matmul.allow_tf32, backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("device, tf32, inside", [
+    (GPU, True, (True, True, "high")), (GPU, False, (False, False, "highest")), (CPU, True, (False, False, "highest"))])
+@pytest.mark.parametrize("outside", ["medium", "high", "highest"])
+def test_arithmetic_holds_inside_whatever_was_set_and_is_put_back_after_an_error(device, tf32, inside, outside):
+    before = tf32_switches()
+    try:
+        torch.set_float32_matmul_precision(outside)  # as training with train.tf32 does
+        torch.backends.cudnn.allow_tf32 = outside != "highest"
+        settings = tf32_switches()
+        with pytest.raises(KeyError), torch.autocast("cpu", torch.bfloat16):
+            with arithmetic(device, tf32=tf32):
+                assert tf32_switches() == inside and torch.is_autocast_enabled("cpu") == (device != CPU)
+                raise KeyError
+        assert tf32_switches() == settings
+    finally:
+        torch.set_float32_matmul_precision(before[2])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def test_arithmetic_in_half_precision():
+    with torch.autocast("cpu", torch.float16), arithmetic(CPU, "bf16"):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("text, wanted", [

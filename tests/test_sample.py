@@ -109,6 +109,15 @@ def test_guidance_and_its_interval_change_the_image(net):
         assert all(not torch.allclose(one, other, atol=1e-3) for other in found[i + 1:])
 
 
+def test_network_and_decoder_compute_as_the_config_says(net, monkeypatch, tiny_vae):
+    """TF32 is for the network, in grids and evaluations too: all of them sample here. The decoder stays float32 unless vae.amp says else."""
+    asked, arithmetic = [], sample.arithmetic
+    monkeypatch.setattr(sample, "arithmetic", lambda device, *options: (asked.append(options), arithmetic(device, *options))[1])
+    decode = image_decoder(VAEConfig(path=str(tiny_vae), amp="bf16"), 4, CPU)
+    list(generate(net, decode, [0], dataclasses.replace(FAST, tf32=True), CPU))
+    assert asked == [("no", True), ("bf16",)]
+
+
 def test_generate_yields_fixed_batches_in_order(net):
     batches = list(generate(net, latents_to_uint8, list(range(10)), FAST, CPU))
     assert [batch.index for batch in batches] == [0, 1, 2]

@@ -128,7 +128,7 @@ def train_in(folder, config, args, open_dataset, make_encode, device, notice):
             (folder / "config.yaml").write_text(to_yaml(config))
             forget_after(folder, state.step)
         describe(state, dataset, folder)
-        for note in notes(config, "train", "sample"):
+        for note in notes(config, device, "train", "sample"):
             say(note)
         code = fit(state, folder, dataset, encode, notice, sample_grid, evaluate)
         if distributed.is_main():

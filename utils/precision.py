@@ -31,15 +31,36 @@ def autocast(amp, device):
     return torch.autocast(device.type, dtype=DTYPES[amp])
 
 
+@contextlib.contextmanager
+def arithmetic(device, amp="no", tf32=False):
+    """Compute inside the block as stated here, whatever the caller has set; the caller's settings are put back after.
+
+    amp: format of the matrix products; "no" is float32. tf32: on GPUs float32 products may round their inputs to TF32.
+    """
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    _set_tf32(tf32 and device.type == "cuda")
+    try:
+        with torch.autocast(device.type, enabled=False), autocast(amp, device):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def _set_tf32(allowed):
+    """Let float32 matrix products and convolutions round their inputs to TF32 (10 bits of mantissa), or not."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
 def setup_backends(tf32, deterministic, compiled=False):
     """Set the process-wide switches of a run, once, from its script.
 
-    tf32: float32 matrix products on GPUs may round their inputs to TF32 (10 bits of mantissa).
+    tf32: float32 matrix products on GPUs may round their inputs to TF32; `arithmetic` sets its own.
     deterministic: use GPU kernels whose result does not depend on the order of threads; exact resume needs them. An operation
     without such a kernel is an error that names it. compiled: the run compiles blocks.
     """
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    torch.backends.cudnn.allow_tf32 = tf32
+    _set_tf32(tf32 and torch.cuda.is_available())  # on CPUs "high" would allow other roundings
     if compiled:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # by default each process would take all
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, max(1, cores))))

@@ -117,6 +117,7 @@ class SampleConfig:
     options: dict[str, Any] = field(default_factory=dict, hash=False)  # further arguments of the sampler, as in sample.options.order=3
     batchsize: int = number(50, above=0)  # images sampled at once, per process
     amp: Amp = "no"  # precision of the network
+    tf32: bool = False  # let the network's float32 matrix products round their inputs to TF32 on GPUs; the decoder's stay float32
     compile: bool = False  # torch.compile, block by block; pays for many images: the first ones wait for it
 
 
@@ -211,8 +212,8 @@ def _check_divides(name, number, by, divisor):
         raise UserError(f"{name}={number} must be divisible by {by}; try {near}")
 
 
-def notes(config, *sections):
-    """What to tell the user at the start about these sections: settings that are allowed but do less than they seem to."""
+def notes(config, device, *sections):
+    """What to tell the user at the start about these sections: settings that are allowed but do less on this device than they seem to."""
     train, sample = config.train, config.sample
     tokens = (config.model.in_size // config.model.patch_size) ** 2 if config.model.patch_size else math.inf
     candidates = [
@@ -224,5 +225,8 @@ def notes(config, *sections):
          f"sample.cfg_scale={sample.cfg_scale} has no effect: without classes (model.num_classes=0) there is no guidance"),
         (sample.cfg_scale == 1 and sample.cfg_interval is not None,
          f"sample.cfg_interval={sample.cfg_interval} has no effect: sample.cfg_scale=1 turns guidance off"),
+        (sample.tf32 and device.type != "cuda", "sample.tf32=true has no effect on a CPU: only GPUs have TF32"),
+        (sample.tf32 and device.type == "cuda" and sample.amp != "no",
+         f"sample.tf32=true has no effect: sample.amp={sample.amp} rounds the inputs of matrix products further"),
     ]
     return [text for holds, text in candidates if holds and text.partition(".")[0] in sections]
