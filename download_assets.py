@@ -29,14 +29,12 @@ def same_files(names, *addresses):
 
 BUCKET = "https://maskdit-bucket.s3.us-west-2.amazonaws.com/"
 MIRROR = "https://slurm-ord.s3.amazonaws.com/"
-HUB = "https://huggingface.co/"
-HUB_MASKDIT = HUB + "hzzheng/MaskDiT/resolve/main/"
-CKPTS_256 = (BUCKET, MIRROR + "ckpts/256/", HUB_MASKDIT)
-CKPTS_512 = (MIRROR + "ckpts/512/", HUB_MASKDIT)
+HUB = "https://huggingface.co/hzzheng/MaskDiT/resolve/main/"
+CKPTS_256 = (BUCKET, MIRROR + "ckpts/256/", HUB)
+CKPTS_512 = (MIRROR + "ckpts/512/", HUB)
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet/"
 INCEPTION = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
 
-VAE_FOLDER = ["config.json", "diffusion_pytorch_model.safetensors"]
 LATENT_LMDB = {BUCKET: {"imagenet_256_latent_lmdb.zip": ""},
                MIRROR + "datasets/imagenet_256_latent_lmdb/": {"train/data.mdb": "", "train/lock.mdb": ""}}
 LATENT_SHARDS = [f"latent_imagenet_512_train-{shard:04d}.tar" for shard in range(128)]
@@ -52,10 +50,6 @@ FASHION_FILES = {
 ASSETS = (
     Asset("vae", "Stable Diffusion VAE as published with MaskDiT (latent-diffusion naming)",
           same_files(["autoencoder_kl.pth"], BUCKET, MIRROR + "ckpts/")),
-    Asset("vae-hub", "Stable Diffusion VAE, EMA decoder (diffusers folder)",
-          same_files(VAE_FOLDER, HUB + "stabilityai/sd-vae-ft-ema/resolve/main/"), folder="sd-vae-ft-ema"),
-    Asset("vae-hub-mse", "the same with the smoother MSE decoder",
-          same_files(VAE_FOLDER, HUB + "stabilityai/sd-vae-ft-mse/resolve/main/"), folder="sd-vae-ft-mse"),
     Asset("maskdit-finetune0", "DiT-XL/2 256px tuned for guidance (FID 2.28 at cfg 1.5)",
           same_files(["imagenet256-ckpt-best_with_guidance.pt"], *CKPTS_256)),
     Asset("maskdit-finetune1", "DiT-XL/2 256px tuned for sampling without guidance (FID 5.69)",
@@ -67,10 +61,8 @@ ASSETS = (
     Asset("imagenet-latent-data", "ImageNet 256px latents with mirrored images (LMDB)", LATENT_LMDB, folder="imagenet_256_latent_lmdb"),
     Asset("imagenet512-latent-wds", "ImageNet 512px latents (WebDataset shards)",
           same_files(LATENT_SHARDS, MIRROR + "datasets/imagenet-wds/"), folder="imagenet_512_latent_wds"),
-    Asset("imagenet64", "ADM reference batch for FID at 64px", same_files(["VIRTUAL_imagenet64_labeled.npz"], ADM + "64/")),
-    Asset("imagenet128", "ADM reference batch at 128px", same_files(["VIRTUAL_imagenet128_labeled.npz"], ADM + "128/")),
-    Asset("imagenet256", "ADM reference batch at 256px", same_files(["VIRTUAL_imagenet256_labeled.npz"], ADM + "256/")),
-    Asset("imagenet512", "ADM reference batch at 512px", same_files(["VIRTUAL_imagenet512.npz"], ADM + "512/")),
+    *(Asset(f"imagenet{size}", f"ADM reference batch for FID at {size}px", same_files([f"VIRTUAL_imagenet{size}{labeled}.npz"], f"{ADM}{size}/"))
+      for size, labeled in ((64, "_labeled"), (128, "_labeled"), (256, "_labeled"), (512, ""))),
     Asset("inception", "Inception weights for FID", {INCEPTION: {"pt_inception-2015-12-05-6726825d.pth": "6726825d"}}),
     Asset("fashion-mnist", "70,000 images of garments, 28x28, 10 classes (MIT licence)",
           {FASHION_GITHUB: FASHION_FILES, FASHION_BUCKET: FASHION_FILES}, folder="fashion-mnist"),
@@ -78,23 +70,19 @@ ASSETS = (
 
 
 def download_asset(asset, dest):
-    """Fetch what is missing of `asset` from the first place that delivers it; returns [] or, if none did, the answer of each."""
-    from utils.download import PlaceFailed, fetch, is_unzipped, unzip
+    """Fetch what is missing of `asset` from the first place that delivers it; returns [] or, if none did, the answer of each.
+
+    A place whose files are all here comes first.
+    """
+    from utils.download import PlaceFailed, fetch, is_here
     from utils.logging import say
 
     folder, answers = dest / asset.folder, []
-
-    def missing(names):
-        return [name for name in names if not (is_unzipped if name.endswith(".zip") else Path.is_file)(folder / name)]
-
-    for place, files in sorted(asset.places.items(), key=lambda place: bool(missing(place[1]))):  # first one whose files are all here
+    for place, files in sorted(asset.places.items(), key=lambda place: not all(is_here(folder / name) for name in place[1])):
         try:
-            for name in missing(files):
-                url, path = place + name, folder / name
-                say(f"{url} -> {path}")
-                fetch(url, path, files[name])
-                if path.suffix == ".zip":
-                    unzip(path)
+            for name, checksum in files.items():
+                url = place + name
+                fetch(url, folder / name, checksum)
         except PlaceFailed as answer:
             answers.append(f"{url}: {answer}")
             say(f"  {answers[-1]}")

@@ -19,7 +19,7 @@ import download_assets
 from download_assets import Asset
 from utils import download
 from utils.cli import UserError
-from utils.download import PlaceFailed, fetch, unzip
+from utils.download import PlaceFailed, fetch, is_here, unzip
 
 BODY = os.urandom(300_000)          # more than four chunks, not a multiple of one
 DIGEST = hashlib.sha256(BODY).hexdigest()
@@ -211,7 +211,7 @@ def test_part_longer_than_the_file_starts_over(site, tmp_path):
 
 def test_killed_process_is_continued_by_the_next(site, tmp_path):
     url = site.serve("f", send(stall=200_000), send())
-    code = f"from utils.download import fetch; fetch({url!r}, {str(tmp_path / 'f')!r})"
+    code = f"from pathlib import Path; from utils.download import fetch; fetch({url!r}, Path({str(tmp_path / 'f')!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=PROJECT, stdout=subprocess.DEVNULL)
     part = tmp_path / "f.part"
     deadline = time.monotonic() + 60
@@ -367,12 +367,12 @@ def write_zip(path, members):
 
 def test_unzip_drops_the_folder_of_the_same_name(tmp_path):
     archive = write_zip(tmp_path / "a.zip", [("a/train/data.mdb", b"12"), ("a/train/lock.mdb", b"3")])
-    assert not download.is_unzipped(archive)
+    assert not is_here(archive)
     unzip(archive)
     assert (tmp_path / "train" / "data.mdb").read_bytes() == b"12"
-    assert not archive.exists() and download.is_unzipped(archive)
+    assert not archive.exists() and is_here(archive)
     (tmp_path / "train" / "lock.mdb").unlink()
-    assert not download.is_unzipped(archive)
+    assert not is_here(archive)
 
 
 def test_unzip_keeps_a_folder_that_not_all_files_share(tmp_path):
@@ -404,7 +404,7 @@ def test_damaged_zip_is_kept_and_named(tmp_path):
     archive.write_bytes(data)
     with pytest.raises(PlaceFailed, match="a.zip is damaged"):
         unzip(archive)
-    assert archive.exists() and not download.is_unzipped(archive)
+    assert archive.exists() and not is_here(archive)
 
 
 def run_main(monkeypatch, assets, *arguments):

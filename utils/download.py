@@ -5,7 +5,6 @@ While NAME is fetched, its bytes are in NAME.part, and NAME.part.json says which
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import requests
 import urllib3
 
 from utils.cli import UserError
-from utils.files import flush_to_disk, told
+from utils.files import file_sha256, flush_to_disk, told
 from utils.logging import Progress, say
 
 ATTEMPTS = 4          # tries in a row that bring no new bytes; between them the wait doubles
@@ -33,22 +32,36 @@ class PlaceFailed(Exception):
 
 
 def fetch(url, path, checksum=""):
-    """Download `url` to `path`; goes on with what an earlier call left, and returns at once if the file is there.
+    """Download `url` to `path` and extract it if it is a .zip; goes on with what an earlier call left, and does nothing if it is here.
 
     checksum: the file's sha256 in hex digits, or the first of them, where known. It is checked before the file gets its name.
     Raises PlaceFailed with the answer of the place; UserError if the disk is full or another process fetches the same file.
     """
-    path = Path(path)
-    if path.is_file():
+    if is_here(path):
         return
+    if not path.is_file():
+        _download(url, path, checksum)
+    if path.suffix == ".zip":
+        unzip(path)
+
+
+def is_here(path):
+    """True if the file is there or, of a .zip, all that was in it."""
+    note = Path(f"{path}.unzipped")
+    if path.suffix != ".zip":
+        return path.is_file()
+    return note.is_file() and all((path.parent / name).is_file() for name in json.loads(note.read_text()))
+
+
+def _download(url, path, checksum):
+    say(f"{url} -> {path}")
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.closing(_Part(path)) as part:
             _receive_whole(url, part)
-            with open(part.path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest() if checksum else ""
+            digest = file_sha256(part.path) if checksum else ""
             if not digest.startswith(checksum):
-                part.start_over(None, None)
+                part.start_over()
                 raise PlaceFailed(f"delivered a file with sha256 {digest}, but it should be {checksum}")
             flush_to_disk(part.path)
             os.replace(part.path, path)
@@ -79,7 +92,9 @@ def _receive(url, part):
         headers |= {"Range": f"bytes={part.size}-", "If-Range": part.etag}
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         _judge(response, part)
-        _check_room(part.path.parent, (part.total or 0) - part.size)
+        room, missing = shutil.disk_usage(part.path.parent).free, (part.total or 0) - part.size
+        if room < missing:
+            raise UserError(f"{part.path.parent} has {_size(room)} free, {_size(missing)} are needed; make room or choose another --dest")
         with Progress(part.total, part.path.stem, unit="B", initial=part.size) as progress:
             for chunk in response.raw.stream(CHUNK_BYTES, decode_content=False):
                 part.append(chunk)
@@ -101,7 +116,7 @@ def _judge(response, part):
     elif response.status_code not in (206, 416):
         raise PlaceFailed(f"{response.status_code} {response.reason}")
     elif not headers.get("Content-Range", "").startswith(f"bytes {part.size}-") or etag not in ("", part.etag):
-        part.start_over(None, None)
+        part.start_over()
         raise requests.RequestException("the file changed since its first part was fetched")
 
 
@@ -134,7 +149,7 @@ class _Part:
     def append(self, chunk):
         self.file.write(chunk)
 
-    def start_over(self, etag, total):
+    def start_over(self, etag=None, total=None):
         """Empty the part before the note changes: killed in between, the next run starts from nothing."""
         self.file.truncate(0)
         self.etag, self.total = etag, total
@@ -152,36 +167,21 @@ def _size(num_bytes):
     return Progress.format_sizeof(num_bytes, "B", 1024)
 
 
-def _check_room(folder, num_bytes):
-    free = shutil.disk_usage(folder).free
-    if free < num_bytes:
-        raise UserError(f"{folder} has {_size(free)} free, {_size(num_bytes)} are needed; make room or choose another --dest")
-
-
 def unzip(archive):
-    """Extract `archive` beside itself, then put the short note NAME.unzipped in its place. Raises PlaceFailed if it is damaged.
+    """Extract `archive` beside itself, then put a list of its files, NAME.unzipped, in its place. Raises PlaceFailed if it is damaged.
 
     If all files of a.zip are in a folder a/, they are extracted without it. zipfile writes plain files, never outside the folder.
     """
-    archive = Path(archive)
-    folder, names = archive.parent, []
+    folder = archive.parent
+    say(f"unzipping {archive}")
     try:
         with told(folder), zipfile.ZipFile(archive) as file:
             members = [member for member in file.infolist() if not member.is_dir()]
-            total, own = sum(member.file_size for member in members), f"{archive.stem}/"
-            _check_room(folder, total)
-            say(f"unzipping {archive.name}: {_size(total)}")
-            inside = all(member.filename.startswith(own) for member in members)
-            for member in members:
-                member.filename = member.filename.removeprefix(own) if inside else member.filename
-                names.append(os.path.relpath(file.extract(member, folder), folder))
+            if all(member.filename.startswith(f"{archive.stem}/") for member in members):
+                for member in members:
+                    member.filename = member.filename.removeprefix(f"{archive.stem}/")
+            names = [os.path.relpath(file.extract(member, folder), folder) for member in members]
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise PlaceFailed(f"{archive} is damaged ({error}); delete it and download it again") from error
     Path(f"{archive}.unzipped").write_text(json.dumps(names))
     archive.unlink()
-
-
-def is_unzipped(archive):
-    """True if `unzip` did its work before and every file is still there."""
-    note = Path(f"{archive}.unzipped")
-    return note.is_file() and all((archive.parent / name).is_file() for name in json.loads(note.read_text()))
