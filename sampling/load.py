@@ -20,7 +20,7 @@ from models import build_model
 from models.layers import sincos_positions
 from utils.class_names import load_imagenet_class_names
 from utils.cli import UserError
-from utils.config import from_dict, gone_keys, load_config, model_arguments
+from utils.config import from_dict, load_config, model_arguments
 from utils.files import file_sha256
 from utils.logging import say
 from utils.precision import DTYPES, effective_amp, use_compile
@@ -175,7 +175,7 @@ def load_net(path, which, config_path, overrides, device):
     if config_path is None and "config" not in checkpoint:
         raise UserError(f"checkpoint {path} carries no config; describe its network with --config "
                         f"(configs/test/ is for the published ones)")
-    config = load_config(config_path, overrides, _config_of(checkpoint, path))
+    config = load_config(config_path, overrides, config_of(checkpoint, path))
     net = build_model(**model_arguments(config)).to(device).eval().requires_grad_(False)
     load_weights_into(net, weights, path)
     prepare_network(net, config.sample, device)
@@ -185,13 +185,14 @@ def load_net(path, which, config_path, overrides, device):
     return net, config, class_names, checkpoint.get("latents", {})
 
 
-def _config_of(checkpoint, path):
+def config_of(checkpoint, path):
     """The Config that a checkpoint carries, of this version or an older one; the defaults if it carries none."""
+    gone = []
     try:
-        config = from_dict(checkpoint.get("config", {}), forgive=True)
+        config = from_dict(checkpoint.get("config", {}), gone=gone)
     except UserError as error:
         raise UserError(f"checkpoint {path}, in its config: {error}") from error
-    if gone := gone_keys(checkpoint.get("config", {})):
+    if gone:
         say(f"checkpoint {path} was written by an older version; without effect today: {some_of(gone)}")
     return config
 

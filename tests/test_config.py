@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from utils.cli import UserError
-from utils.config import from_dict, gone_keys, load_config, model_arguments, to_dict, to_yaml
+from utils.config import from_dict, load_config, model_arguments, to_dict, to_yaml
 from utils.schema import KEYS, Config, ModelConfig, SampleConfig, notes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -184,28 +184,15 @@ def test_model_arguments_are_the_model_section_flat():
     assert arguments.keys() == {key.name for key in dataclasses.fields(config.model)} - {"options"} | {"window", "activation_checkpointing"}
 
 
-def old_config(**sample):
-    """As a checkpoint of an older version holds it."""
+def test_keys_of_old_checkpoints_that_are_gone_are_passed_over_and_named():
     values = to_dict(load_config(None, ["train.lr=3"]))
-    values["train"] |= {"switch_off": [], "cuda_graphs": False, "token_multiple": 1}
-    values["sample"] |= {"solver": "heun", "discretization": "edm", "schedule": "linear", "scaling": "none"} | sample
-    return values
-
-
-def test_gone_keys_of_old_checkpoints_are_forgiven_and_named():
-    values = old_config(solver_set="edm")
-    assert gone_keys(values) == ["train.switch_off", "train.cuda_graphs", "train.token_multiple"]
-    config = from_dict(values, forgive=True)
-    assert config == load_config(None, ["train.lr=3"])  # what only the ablation sampler looked at had no effect
+    values["train"] |= {"switch_off": [], "cuda_graphs": False}
+    values["sample"] |= {"solver_set": "ablation", "solver": "euler"}
+    gone = []
+    assert from_dict(values, gone=gone) == load_config(None, ["train.lr=3", "sample.solver=euler"])
+    assert gone == ["train.switch_off", "train.cuda_graphs", "sample.solver_set"]
     with pytest.raises(UserError, match="unknown key 'train.switch_off'"):
         from_dict(values)
-
-
-def test_solver_set_of_old_checkpoints_becomes_the_sampler():
-    sample = from_dict(old_config(solver_set="ablation", solver="euler"), forgive=True).sample
-    assert (sample.sampler, sample.solver, sample.scaling) == ("ablation", "euler", "none")
-    with pytest.raises(UserError, match="unknown key 'sample.solver_set'"):
-        load_config(None, ["sample.solver_set=edm"])
 
 
 @pytest.mark.parametrize("overrides, told", [

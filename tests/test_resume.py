@@ -142,7 +142,6 @@ def test_run_of_an_older_version_goes_on_and_keys_that_are_gone_are_told(runs, t
     newest = find_latest(tmp_path / "run" / "checkpoints")
     checkpoint = torch.load(newest, weights_only=True)
     checkpoint["config"]["train"] |= {"switch_off": [], "token_multiple": 1}
-    checkpoint["config"]["sample"] |= {"solver_set": "edm", "solver": "heun", "scaling": "none"}
     write_checkpoint(newest, checkpoint)
     codes, said = runs.start(arguments, tmp_path / "out.txt")
     assert codes == [0] and "without effect today: train.switch_off, train.token_multiple" in said

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from utils.cli import StopNotice, UserError, parse_with_overrides, str_to_bool
-from utils.config import from_dict, gone_keys, load_config, model_arguments, to_dict, to_yaml
+from utils.config import from_dict, load_config, model_arguments, to_dict, to_yaml
 from utils.files import make_folder
 from utils.schema import notes
 
@@ -213,7 +213,7 @@ def read_start(config, folder, args, latents):
     if reached > start + config.train.max_num_steps:
         raise UserError(f"{folder} has reached step {reached}, past the end that train.max_num_steps={config.train.max_num_steps} sets, "
                         f"step {start + config.train.max_num_steps}; nothing was done. Set it above {reached - start} to go on")
-    _tell_changes(config, checkpoint, folder)
+    _tell_changes(config, checkpoint, path, folder)
     return path, True, checkpoint
 
 
@@ -245,15 +245,13 @@ def start_from(state, checkpoint, path, strict, finetune=False):
     state.images_seen = state.start_images = int(checkpoint.get("images_seen", 0))
 
 
-def _tell_changes(config, checkpoint, folder):
+def _tell_changes(config, checkpoint, path, folder):
     """Say which settings differ from the run so far, before going on with the new ones. Another model is a UserError."""
+    from sampling.load import config_of
     from utils import distributed
     from utils.logging import say
 
-    then, now = to_dict(from_dict(checkpoint["config"], forgive=True)), to_dict(config)
-    gone = gone_keys(checkpoint["config"])
-    if gone:
-        say(f"the run was begun by an older version; without effect today: {', '.join(gone)}")
+    then, now = to_dict(config_of(checkpoint, path)), to_dict(config)
     changed = [f"{section}.{key} {then[section][key]} -> {value}" for section in now if section != "log"
                for key, value in now[section].items() if then[section][key] != value]
     other_model = [change for change in changed if change.startswith("model.")]

@@ -31,10 +31,10 @@ def load_config(path=None, overrides=(), base=None):
     return from_dict(*layers)
 
 
-def from_dict(*layers, forgive=False):
+def from_dict(*layers, gone=None):
     """Merge nested dicts, later ones winning, into a checked Config.
 
-    forgive: pass over keys that this version does not have, in configs of older checkpoints; `gone_keys` names them for the user.
+    gone: a list that takes the names of keys which this version does not have, as in older checkpoints. None: they are refused.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -42,7 +42,10 @@ def from_dict(*layers, forgive=False):
     tree = OmegaConf.structured(Config)
     for section in SECTIONS:
         OmegaConf.set_readonly(tree[section], False)  # OmegaConf takes over that the dataclasses are frozen
-    for name, value in (pair for layer in map(_flat, layers) for pair in (_forgiven(layer) if forgive else layer).items()):
+    for name, value in (pair for layer in layers for pair in _flat(layer).items()):
+        if name not in KEYS and gone is not None:
+            gone.append(name)
+            continue
         if name not in KEYS:
             raise _unknown(name, value)
         if value is False and "no" in typing.get_args(KEYS[name].type):
@@ -78,11 +81,6 @@ def model_arguments(config):
     return {**arguments, "activation_checkpointing": config.train.activation_checkpointing, **options}
 
 
-def gone_keys(values):
-    """Full names of the keys of an older config that mean nothing today (sample.solver_set does: it became sample.sampler)."""
-    return [name for name in _flat(values) if name not in KEYS and name != "sample.solver_set"]
-
-
 def _parse(reader, text, source):
     """Plain values that the OmegaConf function called `reader` makes of a path or a text. source: what the message calls it."""
     from omegaconf import OmegaConf
@@ -103,17 +101,6 @@ def _flat(layer):
         elif keys is not None or section not in SECTIONS:  # a section without keys is fine
             flat[str(section)] = keys
     return flat
-
-
-def _forgiven(flat):
-    """Of an older config, the keys that still mean something, by today's names."""
-    known = {name: value for name, value in flat.items() if name in KEYS}
-    solver_set = flat.get("sample.solver_set")
-    if solver_set == "ablation":
-        known["sample.sampler"] = "ablation"
-    elif solver_set is not None:  # these were saved too, but the other sampler did not look at them
-        known |= dict.fromkeys(("sample.solver", "sample.discretization", "sample.schedule", "sample.scaling"))
-    return known
 
 
 def _unknown(name, value):
