@@ -21,7 +21,10 @@ def make_encode(config, dataset, device):
     from utils.precision import autocast
 
     autoencoder = load_autoencoder(config.vae.path, device)
-    side = config.data.resolution // autoencoder.downsample
+    side, rest = divmod(config.data.resolution, autoencoder.downsample)
+    if rest:
+        raise UserError(f"data.resolution={config.data.resolution} must be divisible by {autoencoder.downsample}, the pixels in a latent "
+                        f"value of vae.path={config.vae.path}")
     if (autoencoder.latent_channels, side) != (config.model.in_channels, config.model.in_size):
         raise UserError(f"vae.path={config.vae.path} makes {autoencoder.latent_channels} x {side} x {side} latents of "
                         f"data.resolution={config.data.resolution}; set model.in_channels={autoencoder.latent_channels} "

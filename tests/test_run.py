@@ -126,7 +126,9 @@ def test_reference_of_evaluations_is_opened_before_the_network_is_made(runs, tin
     assert "nowhere.npz" in said
 
 
-def test_images_whose_latents_the_model_does_not_take_are_told_before_it_is_made(monkeypatch, tiny_vae, tmp_path):
+@pytest.mark.parametrize("resolution, message", [
+    (32, "set model.in_channels=4 and model.in_size=8"), (30, "data.resolution=30 must be divisible by 4, the pixels in a latent value")])
+def test_images_whose_latents_the_model_does_not_take_are_told_before_it_is_made(monkeypatch, tiny_vae, tmp_path, resolution, message):
     """tiny_vae makes 4 x 8 x 8 latents of 32 pixels."""
     import train
     from PIL import Image
@@ -134,10 +136,11 @@ def test_images_whose_latents_the_model_does_not_take_are_told_before_it_is_made
     (tmp_path / "images" / "cat").mkdir(parents=True)
     for i in range(2):
         Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "images" / "cat" / f"{i}.png")
-    arguments = command_line(tmp_path / "images", tmp_path, data__resolution=32, vae__path=tiny_vae, model__in_size=16, model__num_classes=1)
+    arguments = command_line(tmp_path / "images", tmp_path, data__resolution=resolution, vae__path=tiny_vae, model__in_size=16,
+                             model__num_classes=1)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     monkeypatch.setattr("models.build_model", lambda **_: pytest.fail("the network was made"))
-    with pytest.raises(UserError, match="set model.in_channels=4 and model.in_size=8"):
+    with pytest.raises(UserError, match=message):
         train.main()
     assert not (tmp_path / "run").exists()
 

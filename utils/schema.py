@@ -6,7 +6,6 @@ A new key is one line in its section here and the line that reads it. utils/conf
 import dataclasses
 import math
 import operator
-import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -19,9 +18,9 @@ SHORT_NAMES = ("const", "cos2", "cos3", "cos4", "cos5", "cos6")  # of the same, 
 
 
 def number(default, **limits):
-    """A key whose numbers lie within limits: above, at_least, below (None: infinity is let in). null is always let in."""
+    """A key whose numbers lie within limits: above, at_least, below (infinity, or None: no limit). null is always let in."""
     limits.setdefault("below", math.inf)
-    return field(default=default, metadata={"above": -math.inf} | limits)
+    return field(default=default, metadata={word: limit for word, limit in limits.items() if limit is not None})
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,13 @@ class ModelConfig:
     decoder_num_heads: int = number(16, above=0)
     options: dict[str, Any] = field(default_factory=dict, hash=False)  # further arguments of the network, as in model.options.window=4
 
-    @property
-    def patch_size(self):
-        """N of a model_type like DiT-S/N; None for networks whose names are of another kind."""
-        named = re.fullmatch(r"DiT-\w+/([1-9]\d*)", self.model_type)
-        return int(named[1]) if named else None
-
 
 @dataclass(frozen=True)
 class DataConfig:
     root: str = ""  # stored latents (train_latent.py) or images (train.py)
     xflip: bool = False  # add the mirrored copy of every sample
     scale: Any = number(None, above=0)  # latents are (encoded - shift) * scale; a number or one per channel; null: what the data say
-    shift: Any = number(None)
+    shift: Any = number(None, above=-math.inf)
     resolution: int = number(256, above=0)  # train.py: images are centre-cropped to this many pixels
     num_workers: int = number(4, at_least=0)  # train.py: threads that decode images
 
@@ -86,7 +79,7 @@ class TrainConfig:
     mask_ratio_fn: Literal[MASK_SCHEDULES + SHORT_NAMES] = "constant"
     mae_loss_coef: float = number(0.1, at_least=0)  # weight of the loss on removed patches
     class_dropout_prob: float = number(0.1, at_least=0, below=1)  # how often the class is hidden, which guidance needs
-    P_mean: float = number(-1.2)  # ln(sigma) ~ N(P_mean, P_std^2)
+    P_mean: float = number(-1.2, above=-math.inf)  # ln(sigma) ~ N(P_mean, P_std^2)
     P_std: float = number(1.2, above=0)
     seed: int = number(0, at_least=0, below=2**64)
     max_bad_steps: int = number(20, above=0)  # steps with NaN or Inf gradients in a row that end the run
@@ -162,63 +155,47 @@ KEYS = {f"{section}.{key.name}": key for section, kind in SECTIONS.items() for k
 
 
 def check(config):
-    """Refuse numbers outside their limits and keys that do not go together."""
-    values = {name: getattr(getattr(config, name.partition(".")[0]), key.name) for name, key in KEYS.items()}
-    for name, value in values.items():
-        _check_limits(name, value)
+    """Refuse numbers outside their limits and keys that do not go together. The network and the sampler check what is theirs."""
+    for name, key in KEYS.items():
+        _check_limits(name, operator.attrgetter(name)(config), key.metadata)
     model, data, train, sample = config.model, config.data, config.train, config.sample
-    ends = [("train.mask_ratio_min", "train.mask_ratio"), ("sample.sigma_min", "sample.sigma_max"), ("sample.S_min", "sample.S_max")]
-    for low, high in ends:
-        if None not in (values[low], values[high]) and values[low] > values[high]:
-            raise UserError(f"{low}={values[low]} must not be above {high}={values[high]}")
-    if sample.cfg_interval is not None and not sample.cfg_interval[0] < sample.cfg_interval[1]:
-        raise UserError(f"sample.cfg_interval={list(sample.cfg_interval)}: wanted [sigma_lo, sigma_hi] with sigma_lo below sigma_hi")
-    _check_divides("train.batchsize", train.batchsize, f"train.grad_accum={train.grad_accum}", train.grad_accum)
-    _check_divides("data.resolution", data.resolution, "8, the pixels in a latent value", 8)
-    if model.patch_size:  # else the sizes are a matter of the network's class
-        _check_divides("model.in_size", model.in_size, f"the patch size of model.model_type={model.model_type}", model.patch_size)
-        _check_divides("model.width", model.width, f"model.num_heads={model.num_heads}", model.num_heads)
-        heads = model.decoder_num_heads
-        _check_divides("model.decoder_width", model.decoder_width, f"model.decoder_num_heads={heads}", heads)
-    for name in ("data.scale", "data.shift"):
-        value = 0 if values[name] is None else values[name]
-        numbers = value if isinstance(value, list) else [value] * model.in_channels
+    for name, value in (("data.scale", data.scale), ("data.shift", data.shift)):
+        numbers = value if isinstance(value, list) else [value or 0] * model.in_channels
         if len(numbers) != model.in_channels or not all(type(number) in (int, float) for number in numbers):
             raise UserError(f"{name}={value!r}: wanted a number, or a list of model.in_channels={model.in_channels} numbers")
-    for section, options in (("model", model.options), ("sample", sample.options)):
-        for key in options:
-            if f"{section}.{key}" in KEYS:
-                raise UserError(f"{section}.options.{key} hides a key of its own; set {section}.{key}")
-    if train.mask_ratio > 0 and not model.use_decoder:
-        raise UserError(f"train.mask_ratio={train.mask_ratio} needs the decoder that fills in removed patches, but "
-                        f"model.use_decoder=false; set train.mask_ratio=0 or model.use_decoder=true")
-    if config.eval.every and not config.eval.ref_path:
-        raise UserError(f"eval.every={config.eval.every} needs eval.ref_path: the statistics or images to compare with")
+    for name in (f"{section}.{key}" for section, options in (("model", model.options), ("sample", sample.options)) for key in options):
+        if name in KEYS:
+            raise UserError(f"{name.replace('.', '.options.')} hides a key of its own; set {name}")
+    for wrong, text in (
+        (train.batchsize % train.grad_accum,
+         f"train.batchsize={train.batchsize} must be divisible by train.grad_accum={train.grad_accum}; "
+         f"try {train.batchsize + -train.batchsize % train.grad_accum}"),
+        (train.mask_ratio_min > train.mask_ratio,
+         f"train.mask_ratio_min={train.mask_ratio_min} must not be above train.mask_ratio={train.mask_ratio}"),
+        (train.mask_ratio > 0 and not model.use_decoder,
+         f"train.mask_ratio={train.mask_ratio} needs the decoder that fills in removed patches, but model.use_decoder=false; set "
+         f"train.mask_ratio=0 or model.use_decoder=true"),
+        (sample.cfg_interval and sample.cfg_interval[0] >= sample.cfg_interval[1],
+         f"sample.cfg_interval={sample.cfg_interval}: wanted [sigma_lo, sigma_hi] with sigma_lo below sigma_hi"),
+        (config.eval.every and not config.eval.ref_path,
+         f"eval.every={config.eval.every} needs eval.ref_path: the statistics or images to compare with"),
+    ):
+        if wrong:
+            raise UserError(text)
 
 
-def _check_limits(name, value):
+def _check_limits(name, value, limits):
     """Hold a number, or each number of a list, against the limits of its key. NaN is outside of all limits."""
-    limits = {word: limit for word, limit in KEYS[name].metadata.items() if limit is not None}
     for number in value if isinstance(value, (tuple, list)) else [value]:
         if type(number) in (int, float) and not all(LIMITS[word](number, limit) for word, limit in limits.items()):
-            wanted = [f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items() if limit != -math.inf]
+            wanted = [f"{word.replace('_', ' ')} {limit}" for word, limit in limits.items()]
             raise UserError(f"{name}={value} must be {' and '.join(wanted)}")
 
 
-def _check_divides(name, number, by, divisor):
-    if number and divisor and number % divisor:
-        low = number // divisor * divisor
-        near = f"{low} or {low + divisor}" if low else divisor
-        raise UserError(f"{name}={number} must be divisible by {by}; try {near}")
-
-
 def notes(config, device, *sections):
-    """What to tell the user at the start about these sections: settings that are allowed but do less on this device than they seem to."""
+    """What to tell the user at the start about these sections: settings that are allowed but do nothing on this device."""
     train, sample = config.train, config.sample
-    tokens = (config.model.in_size // config.model.patch_size) ** 2 if config.model.patch_size else math.inf
     candidates = [
-        (tokens * (1 - train.mask_ratio) < 1,
-         f"train.mask_ratio={train.mask_ratio} would keep less than one of {tokens} patches: one is kept"),
         (train.mask_ratio_min > 0 and train.mask_ratio_fn in ("constant", "const"),
          f"train.mask_ratio_min={train.mask_ratio_min} has no effect, because train.mask_ratio_fn is constant"),
         (config.model.num_classes == 0 and sample.cfg_scale != 1,
