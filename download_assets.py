@@ -61,8 +61,8 @@ ASSETS = (
     Asset("imagenet-latent-data", "ImageNet 256px latents with mirrored images (LMDB)", LATENT_LMDB, folder="imagenet_256_latent_lmdb"),
     Asset("imagenet512-latent-wds", "ImageNet 512px latents (WebDataset shards)",
           same_files(LATENT_SHARDS, MIRROR + "datasets/imagenet-wds/"), folder="imagenet_512_latent_wds"),
-    *(Asset(f"imagenet{size}", f"ADM reference batch for FID at {size}px", same_files([f"VIRTUAL_imagenet{size}{labeled}.npz"], f"{ADM}{size}/"))
-      for size, labeled in ((64, "_labeled"), (128, "_labeled"), (256, "_labeled"), (512, ""))),
+    *(Asset(f"imagenet{size}", f"ADM reference batch for FID at {size}px", same_files([f"VIRTUAL_imagenet{name}.npz"], f"{ADM}{size}/"))
+      for size, name in ((64, "64_labeled"), (128, "128_labeled"), (256, "256_labeled"), (512, "512"))),
     Asset("inception", "Inception weights for FID", {INCEPTION: {"pt_inception-2015-12-05-6726825d.pth": "6726825d"}}),
     Asset("fashion-mnist", "70,000 images of garments, 28x28, 10 classes (MIT licence)",
           {FASHION_GITHUB: FASHION_FILES, FASHION_BUCKET: FASHION_FILES}, folder="fashion-mnist"),

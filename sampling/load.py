@@ -127,7 +127,6 @@ def some_of(names, count=6):
 
 def damage(path):
     """What is wrong with a checkpoint file, or None. The manifest's checksum is compared if there is a manifest, else zip's own."""
-    path = Path(path)
     manifest = manifest_path(path)
     if manifest.is_file():
         try:
