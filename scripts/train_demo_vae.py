@@ -1,8 +1,10 @@
 """Train the demo's small autoencoder on the 60,000 Fashion-MNIST training images and write assets/demo-vae.
 
+    OMP_NUM_THREADS=1 python scripts/train_demo_vae.py --data FOLDER
+
 The result is an ordinary diffusers AutoencoderKL folder (fp16). Centring and scaling are folded into its first and last
 1x1 convolutions, so that 0.18215 * z, the convention of every autoencoder here, has mean 0 and std 0.5 per channel
-(0.5 is EDM's sigma_data). The test images are used for the reported figures only.
+(0.5 is EDM's sigma_data). The test images are used for the reported figures only. About 20 minutes on one core.
 """
 
 import argparse
@@ -13,9 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+STEPS, BATCH, PEAK_LR = 5000, 32, 2e-3
+KL_WEIGHT = 1e-4         # times the mean KL per latent value, in nats
 SCALE = 0.18215          # the scaling factor of latent diffusion
 SIGMA_DATA = 0.5         # wanted std of SCALE * z
-
 VAE_CONFIG = dict(
     in_channels=3, out_channels=3, sample_size=32, latent_channels=4,
     block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8, mid_block_add_attention=False,
@@ -24,19 +27,40 @@ VAE_CONFIG = dict(
 )
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with the four Fashion-MNIST files (train-* and t10k-*)")
-    parser.add_argument("--out", default=str(ROOT / "assets" / "demo-vae"), help="folder to write (default %(default)s)")
-    parser.add_argument("--preview", help="PNG to write: test images above their reconstructions")
-    parser.add_argument("--steps", type=int, default=5000, help="optimizer steps (default %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate, warmed up, then a cosine to 0")
-    parser.add_argument("--kl_weight", type=float, default=1e-4, help="times the mean KL per latent value, in nats")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true", help="train under bfloat16 autocast (faster where the processor has it)")
+def parse_arguments(description, dest):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, metavar="FOLDER", help="where the four Fashion-MNIST files are (train-* and t10k-*)")
+    parser.add_argument("--dest", default=ROOT / "assets" / dest, type=Path, help="folder to write (default: %(default)s)")
     return parser.parse_args()
+
+
+def fit(net, num_images, loss_of, steps, batch, peak_lr, weight_decay, grad_clip=math.inf, **schedule):
+    """Train `net` in place by AdamW, in bfloat16 where the processor has it; every epoch has an order of its own.
+
+    loss_of(rows): the loss (a scalar) of the images of these indices. schedule: options of OneCycleLR.
+    """
+    import torch
+    from utils.distributed import device
+    from utils.logging import Progress
+    from utils.precision import autocast, native_bf16
+
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=weight_decay)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak_lr, steps, **schedule)
+    with Progress(steps, "training", "step") as progress:
+        for step in range(steps):
+            place = step % (num_images // batch)
+            if place == 0:
+                epoch = torch.randperm(num_images).split(batch)
+            with autocast("bf16" if native_bf16(device()) else "no", device()):
+                loss = loss_of(epoch[place])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
+            optimizer.step()
+            rates.step()
+            if step % 50 == 0:
+                note = f"loss {loss.item():.4f}"
+            progress.update(1, note)
 
 
 def to_input(grey):
@@ -44,46 +68,16 @@ def to_input(grey):
     return (grey.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
-def reconstruction_loss(vae, images, kl_weight, generator):
-    """Mean squared error + 0.2 mean absolute error + kl_weight * mean KL per latent value (scalar)."""
-    import torch
-
+def reconstruction_loss(vae, images):
+    """Mean squared error + 0.2 mean absolute error + KL_WEIGHT * mean KL per latent value (scalar)."""
     posterior = vae.encode(images).latent_dist
-    error = vae.decode(posterior.sample(generator)).sample - images
+    error = vae.decode(posterior.sample()).sample - images
     kl = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-    return error.square().mean() + 0.2 * torch.abs(error).mean() + kl_weight * kl
-
-
-def train(vae, grey, args):
-    """Fit vae in place to grey (N, 32, 32) uint8, shuffled anew in each epoch."""
-    import torch
-    from utils.logging import Progress
-
-    optimizer = torch.optim.AdamW(vae.parameters(), weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, cycle_momentum=False,
-                                                   pct_start=min(0.5, 100 / args.steps))
-    generator = torch.Generator(args.device).manual_seed(args.seed)
-    batches_per_epoch = len(grey) // args.batch_size
-    with Progress(args.steps, "training the autoencoder", unit="step") as progress:
-        for step in range(args.steps):
-            if step % batches_per_epoch == 0:
-                order = torch.randperm(len(grey), generator=generator, device=args.device)
-            start = step % batches_per_epoch * args.batch_size
-            batch = to_input(grey[order[start:start + args.batch_size]])
-            with torch.autocast(grey.device.type, torch.bfloat16, enabled=args.bf16):
-                loss = reconstruction_loss(vae, batch, args.kl_weight, generator)
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 0:
-                note = f"loss {loss.item():.4f}"
-            progress.update(1, note)
+    return error.square().mean() + 0.2 * error.abs().mean() + KL_WEIGHT * kl
 
 
 def latent_statistics(vae, grey, batch_size=500):
-    """Per-channel mean and std of sampled, unscaled latents of grey (N, 32, 32) uint8; two float64 arrays (C,)."""
+    """Per-channel mean and std of sampled, unscaled latents of grey (N, 32, 32) uint8; two float64 tensors (C,)."""
     import torch
 
     generator = torch.Generator(grey.device).manual_seed(0)
@@ -98,30 +92,25 @@ def fold_normalisation(vae, mean, std):
 
     The log-variance grows by 2 ln a; the decoder's first 1x1 convolution undoes both: z = z_new / a + mean.
     """
-    import torch
-
+    vae.requires_grad_(False)
     gain = (SIGMA_DATA / (SCALE * std)).to(vae.quant_conv.weight)
     mean = mean.to(gain)
     channels = len(gain)
-    with torch.no_grad():
-        weight, bias = vae.quant_conv.weight, vae.quant_conv.bias   # rows: means, then log-variances
-        weight[:channels] *= gain[:, None, None, None]
-        bias[:channels] = gain * (bias[:channels] - mean)
-        bias[channels:] += 2 * torch.log(gain)
-        weight, bias = vae.post_quant_conv.weight, vae.post_quant_conv.bias
-        bias += weight[:, :, 0, 0] @ mean
-        weight /= gain[None, :, None, None]
+    weight, bias = vae.quant_conv.weight, vae.quant_conv.bias  # rows: means, then log-variances
+    weight[:channels] *= gain[:, None, None, None]
+    bias[:channels] = gain * (bias[:channels] - mean)
+    bias[channels:] += 2 * gain.log()
+    weight, bias = vae.post_quant_conv.weight, vae.post_quant_conv.bias
+    bias += weight[:, :, 0, 0] @ mean
+    weight /= gain[None, :, None, None]
 
 
 def reconstruct(autoencoder, grey, batch_size=500):
     """Decode the posterior means of grey (N, 32, 32) uint8; returns float32 (N, 3, 32, 32) clipped to [-1, 1]."""
     import torch
 
-    outputs = []
-    for batch in grey.split(batch_size):
-        mean = autoencoder.encode_moments(to_input(batch)).chunk(2, dim=1)[0]
-        outputs.append(autoencoder.decode(autoencoder.scale * (mean - autoencoder.shift)).clamp(-1, 1))
-    return torch.cat(outputs)
+    means = [autoencoder.encode_moments(to_input(batch)).chunk(2, dim=1)[0] for batch in grey.split(batch_size)]
+    return torch.cat([autoencoder.decode(autoencoder.scale * (mean - autoencoder.shift)).clamp(-1, 1) for mean in means])
 
 
 def psnr(images, reference):
@@ -129,48 +118,38 @@ def psnr(images, reference):
     return 10 * (4 / (images - reference).square().mean((1, 2, 3))).log10()
 
 
-def report(folder, train_grey, test_grey, preview):
-    """Say the quality of the folder as written: held-out PSNR and the statistics of the scaled latents."""
+def report(folder, train_grey, test_grey):
+    """Say the quality of the folder as written (held-out PSNR, statistics of the scaled latents); draw its reconstructions.png."""
     import torch
-    from models.autoencoder import load_autoencoder
+    from models import load_autoencoder
+    from utils.images import save_grid, to_uint8
     from utils.logging import say
 
-    autoencoder = load_autoencoder(folder, device=test_grey.device)
-    reference = to_input(test_grey)
-    output = reconstruct(autoencoder, test_grey)
-    pooled = 10 * math.log10(4 / (output - reference).square().mean().item())
-    say(f"held-out PSNR: {psnr(output, reference).mean():.2f} dB, mean over the images; {pooled:.2f} dB from their mean squared error")
+    autoencoder, images = load_autoencoder(folder, test_grey.device), to_input(test_grey)
+    rebuilt = reconstruct(autoencoder, test_grey)
+    pooled = 10 * math.log10(4 / (rebuilt - images).square().mean().item())
+    say(f"held-out PSNR: {psnr(rebuilt, images).mean():.2f} dB, mean over the images; {pooled:.2f} dB from their mean squared error")
     for name, grey in (("training", train_grey[:10_000]), ("held-out", test_grey)):
         mean, std = latent_statistics(autoencoder.vae, grey)
         say(f"{name} latents, scaled: mean {(SCALE * mean).tolist()}, std {(SCALE * std).tolist()}")
-    if preview:
-        save_preview(preview, reference[:12], output[:12])
-
-
-def save_preview(path, images, reconstructions):
-    """One PNG, two rows: images and reconstructions, both (N, 3, 32, 32) in [-1, 1]."""
-    import torch
-    from utils.images import save_grid, to_uint8
-
-    save_grid(path, to_uint8(torch.cat([images, reconstructions])), labels=["test image", "rebuilt"], columns=len(images))
+    save_grid(folder / "reconstructions.png", to_uint8(torch.cat([images[:12], rebuilt[:12]])), labels=["test image", "rebuilt"])
 
 
 def main():
-    args = parse_args()
+    args = parse_arguments(__doc__, "demo-vae")
     import torch
     from diffusers import AutoencoderKL
     from dataset.idx import load_fashion_mnist
-    from utils.logging import say
+    from utils.distributed import device
 
-    train_grey, test_grey = (torch.from_numpy(load_fashion_mnist(args.data, split)[0]).to(args.device)
-                             for split in ("train", "test"))
-    torch.manual_seed(args.seed)
-    vae = AutoencoderKL(**VAE_CONFIG).to(args.device)
-    say(f"{sum(p.numel() for p in vae.parameters()):,} parameters, {len(train_grey):,} training images, {args.steps} steps")
-    train(vae, train_grey, args)
+    train_grey, test_grey = (torch.from_numpy(load_fashion_mnist(args.data, split)[0]).to(device()) for split in ("train", "test"))
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**VAE_CONFIG).to(device())
+    fit(vae, len(train_grey), lambda rows: reconstruction_loss(vae, to_input(train_grey[rows])), STEPS, BATCH, PEAK_LR,
+        weight_decay=1e-4, grad_clip=1.0, cycle_momentum=False, pct_start=0.02)
     fold_normalisation(vae, *latent_statistics(vae, train_grey[:10_000]))
-    vae.half().save_pretrained(args.out)
-    report(args.out, train_grey, test_grey, args.preview)
+    vae.half().save_pretrained(args.dest)
+    report(args.dest, train_grey, test_grey)
 
 
 if __name__ == "__main__":
