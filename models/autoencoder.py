@@ -13,8 +13,6 @@ from torch import nn
 from utils.cli import UserError
 
 SCALE = 0.18215  # latents = SCALE * z, the factor of latent diffusion (Rombach et al. 2022)
-
-TRAINING_PREFIXES = ("loss.", "model_ema.")  # what the file of an autoencoder's own training holds besides it
 FETCH = "`python3 download_assets.py --name vae` fetches the published one"
 
 
@@ -76,21 +74,17 @@ class Autoencoder(nn.Module):
     def decode(self, latents):
         """latents (B, C, h, w), scaled -> images (B, 3, h*f, w*f) float32, about [-1, 1] (not clipped).
 
-        Decodes at most decode_batch at once. When the GPU runs out of memory, halves that and goes on.
+        Decodes at most decode_batch at once. When the GPU runs out of memory, halves that and begins again.
         Raises torch.cuda.OutOfMemoryError if one image alone does not fit.
         """
-        images = []
-        done = 0
-        while done < len(latents):
-            part = latents[done:done + (self.decode_batch or len(latents))]
+        while True:
+            size = min(self.decode_batch or len(latents), len(latents))
             try:
-                images.append(self._decode_at_once(part))
-                done += len(part)
+                return torch.cat([self._decode_at_once(part) for part in latents.split(size)])
             except torch.cuda.OutOfMemoryError:
-                if len(part) == 1:
+                if size == 1:
                     raise
-                self.decode_batch = len(part) // 2
-        return torch.cat(images)
+                self.decode_batch = size // 2
 
     def _decode_at_once(self, latents):
         z = latents.float() / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
@@ -130,20 +124,17 @@ def _load_folder(folder):
     homes = [home for home in (folder, folder / "vae") if (home / "config.json").is_file()]
     if not homes:
         raise UserError(f"{folder} holds no autoencoder: neither config.json nor vae/config.json is there; {FETCH}")
-    home, loaded = homes[0], None
     try:
-        kind = json.loads((home / "config.json").read_text()).get("_class_name")
-        if kind == "AutoencoderKL":
-            # low_cpu_mem_usage=False: no need of accelerate, and no notice about it
-            loaded = AutoencoderKL.from_pretrained(home, low_cpu_mem_usage=False, output_loading_info=True)
+        kind = json.loads((homes[0] / "config.json").read_text()).get("_class_name")
+        if kind != "AutoencoderKL":
+            raise UserError(f"its config.json describes {kind}, wanted AutoencoderKL")
+        # low_cpu_mem_usage=False: no need of accelerate, and no notice about it
+        vae, info = AutoencoderKL.from_pretrained(homes[0], low_cpu_mem_usage=False, output_loading_info=True)
+        misfits = [f"{name}: {', '.join(sorted(info[name]))}" for name in ("missing_keys", "unexpected_keys") if info[name]]
+        if misfits:
+            raise UserError(f"its weights do not fit its config.json; {'; '.join(misfits)}")
     except Exception as error:  # json, diffusers and safetensors each have kinds of their own
-        raise UserError(f"{home} cannot be loaded: {_shortened(error)}") from error
-    if loaded is None:
-        raise UserError(f"{home}/config.json describes {kind}, wanted AutoencoderKL")
-    vae, info = loaded
-    problems = [f"{kind}: {', '.join(sorted(info[kind]))}" for kind in ("missing_keys", "unexpected_keys") if info[kind]]
-    if problems:
-        raise UserError(f"{home} does not fit its architecture: {_shortened('; '.join(problems))}")
+        raise UserError(f"{homes[0]} cannot be loaded: {_shortened(error)}") from error
     return vae
 
 
@@ -193,7 +184,7 @@ def _read_state(path):
     whole_model = "first_stage_model."
     if any(key.startswith(whole_model) for key in state):
         state = {key.removeprefix(whole_model): value for key, value in state.items() if key.startswith(whole_model)}
-    return {key: value for key, value in state.items() if not key.startswith(TRAINING_PREFIXES)}
+    return {key: value for key, value in state.items() if not key.startswith(("loss.", "model_ema."))}  # of its own training
 
 
 def _architecture(path, state):
@@ -215,5 +206,5 @@ def _architecture(path, state):
 
 
 def _shortened(error):
-    """The words of an exception, or of another text, on one line that is not too long."""
+    """The words of an exception, or another text, on one line that is not too long."""
     return textwrap.shorten(str(error), 300, placeholder=" ...")

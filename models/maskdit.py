@@ -52,9 +52,7 @@ class MaskDiT(nn.Module):
                  decoder_depth=8, decoder_width=512, decoder_num_heads=16, activation_checkpointing=False):
         super().__init__()
         size, patch_size = parse_model_type(model_type)
-        depth = size.depth if depth is None else depth
-        width = size.width if width is None else width
-        num_heads = size.num_heads if num_heads is None else num_heads
+        depth, width, num_heads = (own if given is None else given for own, given in zip(size, (depth, width, num_heads)))
         if in_size % patch_size:
             raise UserError(f"model.in_size={in_size} must be divisible by the patch size, {patch_size} in {model_type}")
         _check_width("", width, num_heads)

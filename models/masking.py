@@ -34,10 +34,8 @@ def count_kept(num_tokens, mask_ratio):
 def random_mask(batch_size, num_tokens, mask_ratio, generator=None, device=None):
     """Draw a TokenMask: the kept tokens are chosen uniformly, for every sample by itself.
 
-    Makes one draw of (B, L) uniform numbers from `generator`, on `device` (by default that of the generator).
+    Makes one draw of (B, L) uniform numbers from `generator`, which has to be on `device`.
     """
-    if device is None:
-        device = generator.device if generator is not None else "cpu"
     order = torch.rand(batch_size, num_tokens, generator=generator, device=device)
     return TokenMask(order.argsort(dim=1), count_kept(num_tokens, mask_ratio))
 

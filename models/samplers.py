@@ -16,8 +16,6 @@ import torch
 
 from utils.cli import UserError
 
-SOLVERS = ("euler", "heun")
-
 
 def edm_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min=0.002, sigma_max=80.0, rho=7.0,
                 S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, randn_like=torch.randn_like, progress=None):
@@ -36,34 +34,27 @@ def edm_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min=0.00
 @torch.no_grad()
 def ablation_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min=None, sigma_max=None, rho=7.0,
                      solver="heun", discretization="edm", schedule="linear", scaling="none",
-                     epsilon_s=1e-3, C_1=0.001, C_2=0.008, M=1000, alpha=1.0,
                      S_churn=0.0, S_min=0.0, S_max=math.inf, S_noise=1.0, randn_like=torch.randn_like, progress=None):
     """Any combination of the choices that EDM compares (Table 1). Arguments not listed are those of edm_sampler.
 
-    solver: euler or heun (alpha: place of its second evaluation, 1 = end of the step).
-    discretization: noise levels as in vp (epsilon_s), ve, iddpm (C_1, C_2, M) or edm (rho).
+    solver: euler or heun. discretization: noise levels as in vp, ve, iddpm or edm (rho).
     schedule: sigma(t) of vp, ve or linear. scaling: s(t) of vp or none.
     sigma_min, sigma_max: None takes those of the discretization. Raises UserError for unknown choices too.
     """
-    for name, value, known in (("solver", solver, SOLVERS), ("discretization", discretization, DEFAULT_SIGMAS),
+    for name, value, known in (("solver", solver, ("euler", "heun")), ("discretization", discretization, DISCRETIZATIONS),
                                ("schedule", schedule, SCHEDULES), ("scaling", scaling, SCALINGS)):
         _check(value in known, f"{name}={value!r} is unknown; want one of {', '.join(known)}")
-    _check(0 < epsilon_s < 1, f"epsilon_s={epsilon_s} must be above 0 and below 1")
-    _check(0 < alpha <= 1, f"alpha={alpha} must be above 0 and at most 1")
-    default_min, default_max = DEFAULT_SIGMAS[discretization](epsilon_s)
+    levels, default_min, default_max = DISCRETIZATIONS[discretization]
     sigma_min = default_min if sigma_min is None else sigma_min
     sigma_max = default_max if sigma_max is None else sigma_max
+    _check(num_steps >= 1, f"num_steps={num_steps} must be at least 1")
     _check(0 < sigma_min < sigma_max < math.inf,
            f"want 0 < sigma_min < sigma_max; got sigma_min={sigma_min}, sigma_max={sigma_max}")
+    _check(0 < rho < math.inf, f"rho={rho} must be a number above 0")
     _check(0 <= S_churn < math.inf and 0 < S_noise < math.inf and S_min <= S_max,
            f"want S_churn >= 0, S_noise > 0 and S_min <= S_max; got {S_churn}, {S_noise}, {S_min} and {S_max}")
-    sigmas = {
-        "vp": lambda: vp_sigmas(num_steps, sigma_min, sigma_max, epsilon_s),
-        "ve": lambda: ve_sigmas(num_steps, sigma_min, sigma_max),
-        "iddpm": lambda: iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M),
-        "edm": lambda: edm_sigmas(num_steps, sigma_min, sigma_max, rho),
-    }[discretization]()
-    sigma_of, derivative_of, time_of = SCHEDULES[schedule](sigma_min, sigma_max, epsilon_s)
+    sigmas = levels([i / max(num_steps - 1, 1) for i in range(num_steps)], sigma_min, sigma_max, rho)
+    sigma_of, derivative_of, time_of = SCHEDULES[schedule](sigma_min, sigma_max)
     scaling_of = SCALINGS[scaling]
 
     def slope(x, t):
@@ -89,8 +80,7 @@ def ablation_sampler(model, noise, class_labels=None, *, num_steps=40, sigma_min
         h = t_next - t
         d = slope(x, t)
         if solver == "heun" and i < num_steps - 1:  # the last step ends at sigma = 0, where there is no slope
-            d_second = slope(x + alpha * h * d, t + alpha * h)
-            d = (1 - 1 / (2 * alpha)) * d + 1 / (2 * alpha) * d_second
+            d = 0.5 * d + 0.5 * slope(x + h * d, t + h)
         x = x + h * d
         if progress is not None:
             progress(1)
@@ -105,32 +95,30 @@ def _check(good, message):
         raise UserError(message)
 
 
-# ---- noise levels: num_steps values from sigma_max down to sigma_min
+# ---- noise levels from sigma_max (at fraction 0) down to sigma_min (at 1)
 
-def edm_sigmas(num_steps, sigma_min, sigma_max, rho):
+def edm_sigmas(fractions, sigma_min, sigma_max, rho):
     """Equal steps of sigma^(1/rho) (EDM, eq. 5)."""
-    _check(0 < rho < math.inf, f"rho={rho} must be a number above 0")
     first, last = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
-    return [(first + f * (last - first)) ** rho for f in _fractions(num_steps)]
+    return [(first + f * (last - first)) ** rho for f in fractions]
 
 
-def vp_sigmas(num_steps, sigma_min, sigma_max, epsilon_s):
-    """Equal steps of the variance-preserving time, from 1 to epsilon_s (Song et al. 2021)."""
-    sigma, _, _ = vp_schedule(sigma_min, sigma_max, epsilon_s)
-    return [sigma(1 + f * (epsilon_s - 1)) for f in _fractions(num_steps)]
+def vp_sigmas(fractions, sigma_min, sigma_max, rho):
+    """Equal steps of the variance-preserving time, from 1 to EPSILON_S (Song et al. 2021)."""
+    schedule = vp_through(sigma_min, sigma_max)
+    return [schedule.sigma(1 + f * (EPSILON_S - 1)) for f in fractions]
 
 
-def ve_sigmas(num_steps, sigma_min, sigma_max):
+def ve_sigmas(fractions, sigma_min, sigma_max, rho):
     """Equal ratios (Song et al. 2021)."""
-    return [sigma_max * (sigma_min / sigma_max) ** f for f in _fractions(num_steps)]
+    return [sigma_max * (sigma_min / sigma_max) ** f for f in fractions]
 
 
-def iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M):
-    """Evenly chosen levels of the M-step cosine schedule that lie within the range (Nichol & Dhariwal 2021)."""
-    _check(M >= 1 and 0 < C_1 < 1 and C_2 >= 0, f"want M >= 1, 0 < C_1 < 1 and C_2 >= 0; got {M}, {C_1} and {C_2}")
+def iddpm_sigmas(fractions, sigma_min, sigma_max, rho):
+    """Evenly chosen levels of the 1000-step cosine schedule that lie within the range (Nichol & Dhariwal 2021)."""
     # float32, as the published samples were made: ratios near 1 are rounded, which moves the smallest levels by 1e-3
-    alpha_bar = (0.5 * math.pi * torch.arange(M + 1, dtype=torch.float32) / M / (C_2 + 1)).sin() ** 2
-    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=C_1).tolist()
+    alpha_bar = (0.5 * math.pi * torch.arange(1001, dtype=torch.float32) / 1000 / (0.008 + 1)).sin() ** 2
+    ratios = (alpha_bar[:-1] / alpha_bar[1:]).clip(min=0.001).tolist()
     u, levels = 0.0, []
     for ratio in reversed(ratios):
         u = math.sqrt((u**2 + 1) / ratio - 1)
@@ -138,28 +126,19 @@ def iddpm_sigmas(num_steps, sigma_min, sigma_max, C_1, C_2, M):
             levels.append(u)
     _check(levels, f"no iddpm noise level lies between sigma_min={sigma_min} and sigma_max={sigma_max}")
     levels.reverse()
-    return [levels[round(f * (len(levels) - 1))] for f in _fractions(num_steps)]
-
-
-def _fractions(num_steps):
-    """0, ..., 1 in num_steps values."""
-    _check(num_steps >= 1, f"num_steps={num_steps} must be at least 1")
-    return [i / max(num_steps - 1, 1) for i in range(num_steps)]
+    return [levels[round(f * (len(levels) - 1))] for f in fractions]
 
 
 # ---- schedules sigma(t) and scalings s(t), floats in and out
 
+EPSILON_S = 1e-3  # the smallest time of vp
 Schedule = namedtuple("Schedule", "sigma derivative inverse")  # t -> sigma(t), t -> d sigma / dt, sigma -> t
 
 
-def vp_schedule(sigma_min, sigma_max, epsilon_s):
-    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1) through sigma_min at epsilon_s and sigma_max at 1."""
-    log_min, log_max = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-    beta_d = 2 * (log_min / epsilon_s - log_max) / (epsilon_s - 1)
-    beta_min = log_max - 0.5 * beta_d
-
+def vp_schedule(beta_d, beta_min):
+    """sigma(t) = sqrt(exp(beta_d t^2 / 2 + beta_min t) - 1)."""
     def sigma(t):
-        return _vp_sigma(t, beta_d, beta_min)
+        return math.sqrt(math.expm1(0.5 * beta_d * t**2 + beta_min * t))
 
     def derivative(t):
         return 0.5 * (beta_min + beta_d * t) * (sigma(t) + 1 / sigma(t))
@@ -170,8 +149,11 @@ def vp_schedule(sigma_min, sigma_max, epsilon_s):
     return Schedule(sigma, derivative, inverse)
 
 
-def _vp_sigma(t, beta_d, beta_min):
-    return math.sqrt(math.expm1(0.5 * beta_d * t**2 + beta_min * t))
+def vp_through(sigma_min, sigma_max):
+    """The vp schedule that is sigma_min at EPSILON_S and sigma_max at 1."""
+    log_min, log_max = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+    beta_d = 2 * (log_min / EPSILON_S - log_max) / (EPSILON_S - 1)
+    return vp_schedule(beta_d, log_max - 0.5 * beta_d)
 
 
 def vp_scaling(sigma, derivative):
@@ -180,19 +162,19 @@ def vp_scaling(sigma, derivative):
     return s, -sigma * derivative * s**3
 
 
-SCHEDULES = {  # functions of sigma_min, sigma_max and epsilon_s
-    "vp": vp_schedule,
+SCHEDULES = {  # functions of sigma_min and sigma_max
+    "vp": vp_through,
     "ve": lambda *_: Schedule(math.sqrt, lambda t: 0.5 / math.sqrt(t), lambda value: value**2),
     "linear": lambda *_: Schedule(lambda t: t, lambda t: 1.0, lambda value: value),
 }
 SCALINGS = {"vp": vp_scaling, "none": lambda sigma, derivative: (1.0, 0.0)}
-# (sigma_min, sigma_max) of the original methods, as functions of epsilon_s (EDM, Table 1 and appendix C). The vp range
-# belongs to beta_d = 19.1, not to the 19.9 of the VP paper: the published samples were made so.
-DEFAULT_SIGMAS = {
-    "vp": lambda epsilon_s: (_vp_sigma(epsilon_s, 19.1, 0.1), _vp_sigma(1.0, 19.1, 0.1)),
-    "ve": lambda epsilon_s: (0.02, 100.0),
-    "iddpm": lambda epsilon_s: (0.002, 81.0),
-    "edm": lambda epsilon_s: (0.002, 80.0),
+# Noise levels, and sigma_min and sigma_max of the original methods (EDM, Table 1 and appendix C). The vp range belongs to
+# beta_d = 19.1, not to the 19.9 of the VP paper: the published samples were made so.
+DISCRETIZATIONS = {
+    "vp": (vp_sigmas, *map(vp_schedule(19.1, 0.1).sigma, (EPSILON_S, 1.0))),
+    "ve": (ve_sigmas, 0.02, 100.0),
+    "iddpm": (iddpm_sigmas, 0.002, 81.0),
+    "edm": (edm_sigmas, 0.002, 80.0),
 }
 
 
@@ -204,19 +186,16 @@ def guided(net, cfg_scale, interval=None):
     net: EDMPrecond. cfg_scale: 1 or None is off (the net itself comes back).
     interval: guide only for sigma in (lo, hi] (Kynkaanniemi et al. 2024), conditional elsewhere;
     it needs one sigma for the whole batch, as the samplers give.
-    Raises UserError for bad numbers and for an unconditional net; the model raises ValueError without class labels.
+    Raises UserError for an unconditional net; the model raises ValueError without class labels.
     """
     if cfg_scale is None or cfg_scale == 1:
         return net
-    _check(math.isfinite(cfg_scale), f"cfg_scale={cfg_scale} must be a number; 1 is no guidance")
     _check(net.num_classes, f"cfg_scale={cfg_scale} needs a class-conditional model; this one has num_classes=0: use 1")
-    lo, hi = (0.0, math.inf) if interval is None else interval
-    _check(0 <= lo < hi, f"cfg_interval={[lo, hi]}: want [lo, hi] with 0 <= lo < hi")
 
     def model(x, sigma, class_labels=None):
         if class_labels is None:
             raise ValueError(f"cfg_scale={cfg_scale} needs class_labels; pass them, or use cfg_scale 1")
-        if interval is not None and not lo < float(sigma) <= hi:
+        if interval is not None and not interval[0] < float(sigma) <= interval[1]:
             return net(x, sigma, class_labels)
         if torch.is_tensor(sigma) and sigma.numel() > 1:
             sigma = sigma.repeat(2)

@@ -261,6 +261,12 @@ def test_the_digest_names_the_weights_in_every_format(tmp_path):
     assert load_autoencoder(tmp_path / "other.pth").digest != autoencoder.digest
 
 
+def test_the_same_numbers_under_other_names_have_another_digest():
+    one, other = (torch.nn.ModuleDict({name: torch.nn.Linear(2, 3)}) for name in ("conv1", "conv2"))
+    other["conv2"].load_state_dict(one["conv1"].state_dict())
+    assert module._digest(one) != module._digest(other)
+
+
 def test_sample_moments_refuses_an_odd_channel_count():
     with pytest.raises(ValueError, match="3 channels"):
         sample_moments(torch.zeros(2, 3, 4, 4))

@@ -38,11 +38,6 @@ def test_every_combination_recovers_gaussian_std(discretization, schedule, scali
     assert gain(ablation_sampler, num_steps=512, solver="euler", **choice) == pytest.approx(SIGMA_DATA, rel=0.16)
 
 
-@pytest.mark.parametrize("alpha", [0.5, 2 / 3])
-def test_other_second_order_points_recover_gaussian_std(alpha):
-    assert gain(ablation_sampler, num_steps=80, alpha=alpha) == pytest.approx(SIGMA_DATA, rel=0.01)
-
-
 def test_edm_sampler_is_the_ablation_with_edm_choices():
     noise = torch.randn(2, 3, 4, 4)
     options = dict(num_steps=7, sigma_min=0.01, sigma_max=50.0, rho=5.0)
@@ -68,7 +63,7 @@ def test_single_step_denoises_from_sigma_max():
 
 
 def test_noise_levels_run_from_max_to_min():
-    sigmas = edm_sigmas(5, 0.002, 80.0, 7.0)
+    sigmas = edm_sigmas([0, 0.25, 0.5, 0.75, 1], 0.002, 80.0, 7.0)
     assert sigmas[0] == pytest.approx(80.0) and sigmas[-1] == pytest.approx(0.002)
     assert sigmas[2] == pytest.approx(((80 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7)
 
@@ -84,7 +79,7 @@ def test_default_ranges_are_those_of_the_original_methods(discretization, first,
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_inverse_and_derivative(name):
-    schedule = SCHEDULES[name](0.01, 150.0, 1e-3)
+    schedule = SCHEDULES[name](0.01, 150.0)
     for t in (0.01, 0.3, 0.9):
         assert schedule.inverse(schedule.sigma(t)) == pytest.approx(t, rel=1e-9)
         slope = (schedule.sigma(t + 1e-6) - schedule.sigma(t - 1e-6)) / 2e-6
@@ -167,9 +162,6 @@ def test_progress_is_told_of_every_step():
     (dict(scaling="ve"), "want one of vp, none"),
     (dict(num_steps=0), "num_steps=0"),
     (dict(sigma_min=2.0, sigma_max=1.0), "sigma_min < sigma_max"),
-    (dict(alpha=0.0), "alpha"),
-    (dict(alpha=1.5), "alpha"),
-    (dict(epsilon_s=1.0), "epsilon_s=1.0"),
     (dict(rho=0.0), "rho=0.0"),
     (dict(sigma_max=math.inf), "sigma_max=inf"),
     (dict(sigma_min=math.nan), "sigma_min=nan"),
@@ -248,13 +240,6 @@ def test_guidance_without_classes_is_refused():
     unconditional.num_classes = 0
     with pytest.raises(UserError, match="num_classes=0"):
         guided(unconditional, 2.0)
-
-
-@pytest.mark.parametrize("cfg_scale, interval, message", [
-    (math.inf, None, "cfg_scale=inf"), (math.nan, None, "cfg_scale=nan"), (2.0, (3.0, 1.0), r"cfg_interval=\[3.0, 1.0\]")])
-def test_impossible_guidance_is_refused(cfg_scale, interval, message):
-    with pytest.raises(UserError, match=message):
-        guided(ClassNet(), cfg_scale, interval)
 
 
 def test_sampling_keeps_no_graph():
