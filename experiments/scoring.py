@@ -50,24 +50,22 @@ class Scores:
 
     def __init__(self, device):
         from fid.embeddings import Classifier
-        from fid.evaluate import Reference
+        from fid.evaluate import Evaluator
         from dataset.idx import load_fashion_mnist
 
         self.embedding = Classifier(PROJECT_ROOT / "assets" / "demo-classifier", device)
         grey, _ = load_fashion_mnist(PROJECT_ROOT / "assets" / "fashion-mnist", "test")
-        self.reference = Reference(grey[..., None].repeat(3, axis=3))
+        self.evaluator = Evaluator(grey[..., None].repeat(3, axis=3), metrics=("fid",), embedding=self.embedding)
 
     def score(self, batches):
         """batches: of (images (B, 32, 32, 3) uint8, labels (B,)). Returns {"fd", "accuracy"}."""
-        from fid.evaluate import Evaluator
-
-        evaluator = Evaluator(self.reference, metrics=("fid",), embedding=self.embedding)
+        self.evaluator.reset()
         right = count = 0
         for index, (images, labels) in enumerate(batches):
-            evaluator.add(images, index)
+            self.evaluator.add(images, index)
             right += int((self.embedding.classes(images).cpu() == labels.cpu()).sum())
             count += len(images)
-        return {"fd": evaluator.result()["numbers"]["FD-classifier"], "accuracy": right / count}
+        return {"fd": self.evaluator.result()["numbers"]["FD-classifier"], "accuracy": right / count}
 
 
 class Sampler:

@@ -17,17 +17,17 @@ from utils.cli import UserError
 from utils.files import make_folder
 
 
-def build_parser():
-    parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv):
+    """Arguments of a command. Raises UserError for numbers out of range, and for a place where no file can be written at the end."""
+    parser = argparse.ArgumentParser(prog="python -m fid", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="calc | ref")
     calc = commands.add_parser("calc", help="numbers of a set of images against a reference")
     calc.add_argument("--images", required=True, metavar="PATH", help="the samples: folder, .zip or .npz")
     calc.add_argument("--ref", required=True, metavar="REF", help="ADM batch, EDM npz, file of `ref`, or another image set")
     calc.add_argument("--metrics", metavar="LIST", help="comma-separated: fid,sfid,is,precision,recall,kid "
-                      "(default: the first five, as far as REF can serve them)")
+                      "(default: of the first five, those that REF can serve)")
     calc.add_argument("--json", metavar="OUT", help="write the numbers with every setting behind them")
-    calc.add_argument("--interval", action="store_true", help="95 %% interval of FID, and FID of infinitely many samples")
+    calc.add_argument("--interval", action="store_true", help="95 %% interval of FID, and FID for infinitely many samples")
     calc.add_argument("--neighbours", metavar="OUT.png", help="picture of the samples closest to a real image, to see memorisation")
     ref = commands.add_parser("ref", help="statistics of a data set")
     ref.add_argument("--data", required=True, metavar="PATH", help="the data set: folder, .zip or .npz")
@@ -39,19 +39,11 @@ def build_parser():
         command.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
         command.add_argument("--batch", type=int, default=64, metavar="B", help="images at a time (default 64)")
         command.add_argument("--embedding", default="inception", metavar="NAME",
-                             help="inception (default), pixels, classifier or timm:NAME; others than inception give FD-NAME")
+                             help="inception (default), pixels, classifier or timm:NAME; only inception's number is called FID")
         command.add_argument("--weights", metavar="FILE", help="weights of the embedding (default: in assets/)")
-    return parser
-
-
-def parse_args(argv):
-    """Arguments of a command; `REF SAMPLES` is read as `calc --ref REF --images SAMPLES`.
-
-    Raises UserError for numbers that cannot be, and for a place where a file cannot be written at the end.
-    """
     if len(argv) >= 2 and argv[0] not in ("calc", "ref") and not argv[0].startswith("-") and not argv[1].startswith("-"):
         argv = ["calc", "--ref", argv[0], "--images", argv[1], *argv[2:]]
-    args = build_parser().parse_args(argv)
+    args = parser.parse_args(argv)
     for option, least in (("batch", 1), ("seed", 0)):
         if getattr(args, option) < least:
             raise UserError(f"--{option} is {getattr(args, option)}, wanted at least {least}")
@@ -69,27 +61,24 @@ def parse_args(argv):
 
 
 def calc(args):
-    from fid import evaluate
+    from fid.evaluate import Evaluator, format_result, save_neighbours, save_result
     from fid.sources import Source, holds
     from utils import distributed
     from utils.logging import say
-    source, reference = Source(args.images, args.num, args.seed), evaluate.Reference(args.ref)
-    if args.neighbours:
-        evaluate.check_neighbours(source, reference)
-    evaluator = evaluate.Evaluator(
-        reference, metrics=args.metrics, embedding=args.embedding, weights=args.weights, num_images=len(source), interval=args.interval,
-        keep_features=bool(args.neighbours), batch_size=args.batch, seed=args.seed, conversion="as stored")
+    source = Source(args.images, args.num, args.seed)
+    evaluator = Evaluator(args.ref, args.metrics, args.embedding, args.weights, len(source), args.interval,
+                          keep_features=bool(args.neighbours), batch_size=args.batch, seed=args.seed, conversion="as stored")
     evaluator.add_all(source)
     result = evaluator.result()
     result["settings"]["images"] = source.name
     if holds(args.images, "mu"):
         result["warnings"].append(f"{args.images} is a reference itself (it holds mu and sigma) and was measured by its images arr_0; "
                                   "if that is not what you want, swap --images and --ref")
-    say(evaluate.format_result(result))
+    say(format_result(result))
     if args.json:
-        evaluate.save_result(args.json, result)
+        save_result(args.json, result)
     if args.neighbours and distributed.is_main():
-        evaluate.save_neighbours(args.neighbours, source, evaluator)
+        save_neighbours(args.neighbours, source, evaluator)
 
 
 def ref(args):
@@ -100,7 +89,7 @@ def ref(args):
     from utils import distributed
     from utils.logging import say
     source = Source(args.data, args.num, args.seed)
-    kept = Source(args.data, args.keep, args.seed, option="--keep") if args.keep else None
+    kept = Source(args.data, args.keep, args.seed, option="--keep") if args.keep else ()
     if len(source) < 2:
         raise UserError(f"{args.data}: {len(source)} images, a covariance needs at least 2 (and an FID thousands)")
     if holds(args.data, "mu"):

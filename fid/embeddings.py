@@ -1,6 +1,6 @@
-"""What turns images into features: Inception for FID, or another network for data that Inception does not suit.
+"""Embeddings turn images into features: Inception for FID, other networks for images that Inception does not suit.
 
-An embedding has a `name`, a `device`, `dims` {tap: number of features} and `settings`, all that one must know to repeat its numbers.
+An embedding has a `name`, a `device`, `dims` {tap: number of features} and `settings`, which one must know to repeat its numbers.
 Each has the tap "pool"; Inception also has "spatial", which sFID needs.
 """
 
@@ -18,32 +18,30 @@ from utils.cli import UserError
 from utils.files import file_sha256
 from utils.precision import arithmetic
 
-DEFAULT_CLASSIFIER = "assets/demo-classifier"
-DEFAULT_INCEPTION = "assets/pt_inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256_PREFIX = "6726825d"
-NUM_FEATURES = 64
+NUM_FEATURES = 64  # of the demo's classifier
 PIXEL_GRID = 16
-CPU_CHUNK = 8  # images at a time on a CPU: the maps of the first layers take 8 MB an image
+CPU_CHUNK = 8  # images at a time on a CPU: each takes 8 MB in the first layers
 
 
 def make_embedding(name="inception", weights=None, device=None):
-    """Build an embedding by name: "inception", "pixels", "classifier" or the folder of one, a timm model as NAME or "timm:NAME".
+    """An embedding by name: "inception", "pixels", "classifier" or the folder of one, a timm model as NAME or "timm:NAME".
 
-    weights: file of Inception weights, folder of the classifier, or a local timm checkpoint; None takes the default place
-    (timm: its own pretrained weights, which need a connection). Raises UserError with the remedy.
+    weights: Inception's file, the classifier's folder, or a local timm checkpoint. None: the place in assets/, for timm the pretrained
+    weights of its hub. Raises UserError if they are not there.
     """
-    device = torch.device(device if device is not None else distributed.device())
+    device = distributed.device() if device is None else device
     if name == "inception":
-        return Inception(weights or DEFAULT_INCEPTION, device)
+        return Inception(weights or "assets/pt_inception-2015-12-05-6726825d.pth", device)
     if name == "pixels":
         return Pixels(device)
     if name == "classifier" or os.path.isdir(name):
-        return Classifier(weights or (DEFAULT_CLASSIFIER if name == "classifier" else name), device)
+        return Classifier(weights or ("assets/demo-classifier" if name == "classifier" else name), device)
     return Timm(name.removeprefix("timm:"), weights, device)
 
 
 class Embedding:
-    """Images (B, H, W, 3) uint8, numpy or torch -> pooled features (B, d) float32 on `device`; sub-classes fill in `_taps`."""
+    """Images (B, H, W, 3) uint8, numpy or torch -> pooled features (B, d) float32 on `device`. Sub-classes have `_taps`."""
 
     def __init__(self, device):
         self.device = torch.device(device)
@@ -67,22 +65,21 @@ class Inception(Embedding):
     def __init__(self, weights, device):
         super().__init__(device)
         from fid import inception  # torchvision takes more than a second to import
-        state = read_tensors(weights, "get it with `python3 download_assets.py --name inception`, or give its place with --weights")
         net = inception.make_network()
-        load_strictly(net, state, weights, "give the FID Inception file pt_inception-2015-12-05-6726825d.pth")
-        self.dims = inception.DIMS
-        self.class_weight = state["fc.weight"].float().to(self.device)  # (1008, 2048); IS uses no bias
-        self.net = net.float().to(self.device, memory_format=torch.channels_last)
+        load_weights(net, weights, "get it with `python3 download_assets.py --name inception`, or give its place with --weights",
+                     "give the FID Inception file pt_inception-2015-12-05-6726825d.pth")
+        self.net = net.float().to(self.device, memory_format=torch.channels_last).requires_grad_(False)
+        self.class_weight = self.net.fc.weight  # (1008, 2048); IS uses no bias
+        self.dims, self.features = inception.DIMS, inception.features
         self.settings = {"resize": inception.RESIZE, "weights_sha256": file_sha256(weights)}
 
     def _taps(self, images):
-        from fid import inception
-        taps = [inception.features(self.net, part) for part in images.split(CPU_CHUNK if self.device.type == "cpu" else len(images))]
+        taps = [self.features(self.net, part) for part in images.split(CPU_CHUNK if self.device.type == "cpu" else len(images))]
         return {tap: torch.cat([part[tap] for part in taps]) for tap in self.dims}
 
 
 class Pixels(Embedding):
-    """The pixels themselves, scaled to 0..1; averaged down to 16 x 16 so that few images suffice."""
+    """The pixels themselves, 0..1, averaged to 16 x 16: with fewer features, fewer images suffice."""
 
     name = "pixels"
     dims = {"pool": PIXEL_GRID * PIXEL_GRID * 3}
@@ -93,23 +90,23 @@ class Pixels(Embedding):
 
 
 class ClassifierNet(nn.Module):
-    """Five 3x3 convolutions and a linear layer on grey 32x32 images in 0..1: 64 features, 70,330 parameters for 10 classes."""
+    """Five 3x3 convolutions and a linear layer on grey 32x32 images in 0..1: 64 features, 10 classes, 70,330 parameters."""
 
-    def __init__(self, num_classes=10):
+    def __init__(self):
         super().__init__()
         widths = (1, 16, 32, 32, 64, NUM_FEATURES)
         layers = []
         for width_in, width_out, stride in zip(widths, widths[1:], (1, 2, 1, 2, 1)):
             layers += [nn.Conv2d(width_in, width_out, 3, stride, 1, bias=False), nn.BatchNorm2d(width_out), nn.ReLU()]
         self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())  # (B, 64)
-        self.head = nn.Linear(NUM_FEATURES, num_classes)
+        self.head = nn.Linear(NUM_FEATURES, 10)
 
     def forward(self, grey):
         return self.head(self.trunk(grey))
 
 
 class Classifier(Embedding):
-    """The demo's classifier: features (B, 64) for FD-classifier, and the class it sees in each image."""
+    """The demo's classifier: features (B, 64), and the class that it sees in each image."""
 
     name = "classifier"
     dims = {"pool": NUM_FEATURES}
@@ -117,10 +114,9 @@ class Classifier(Embedding):
     def __init__(self, folder, device):
         super().__init__(device)
         path = os.path.join(folder, "model.safetensors")
-        state = read_tensors(path, "train the classifier with `python scripts/train_demo_classifier.py`")
-        self.net = ClassifierNet(len(state.get("head.bias", ()))).eval()
-        load_strictly(self.net, state, path)
-        self.net.to(self.device).requires_grad_(False)
+        self.net = ClassifierNet().eval().requires_grad_(False)
+        load_weights(self.net, path, "train the classifier with `python scripts/train_demo_classifier.py`")
+        self.net.to(self.device)
         self.settings = {"resize": "none", "weights_sha256": file_sha256(path)}
 
     def _taps(self, images):
@@ -144,51 +140,47 @@ class Timm(Embedding):
         if not timm.is_model(name):
             raise UserError(f"embedding {name!r} is unknown; wanted inception, pixels, classifier or a timm model name, "
                             "for example timm:resnet18.a1_in1k")
-        state = weights and read_tensors(weights, f"--weights wants a checkpoint of the timm model {name}")
         try:
-            self.name, self.net = name, timm.create_model(name, pretrained=state is None)
-        except Exception as error:  # the hub client raises many kinds, all of which mean the same here
+            self.name, self.net = name, timm.create_model(name, pretrained=not weights)
+        except Exception as error:  # the hub client raises many kinds
             raise UserError(f"embedding {name}: its pretrained weights could not be fetched ({type(error).__name__}); "
                             "give a local checkpoint of the model with --weights FILE") from error
-        if state is not None:
-            load_strictly(self.net, state, weights)
+        if weights:
+            load_weights(self.net, weights, f"--weights wants a checkpoint of the timm model {name}")
         self.net.reset_classifier(0)
         self.net.to(self.device).eval()
         config = timm.data.resolve_model_data_config(self.net)
         self.size = config["input_size"][1:]
-        self.mean, self.std = (torch.tensor(config[key], device=device)[:, None, None] for key in ("mean", "std"))
+        self.mean, self.std = (torch.tensor(config[key], device=self.device)[:, None, None] for key in ("mean", "std"))
         self.dims = {"pool": getattr(self.net, "head_hidden_size", None) or self.net.num_features}
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.net.state_dict().items()):
-            digest.update(key.encode() + tensor.cpu().numpy().tobytes())
-        self.settings = {"resize": f"bicubic-antialias-{self.size[0]}x{self.size[1]}", "weights_sha256": digest.hexdigest()}
+        named = b"".join(name.encode() + tensor.cpu().numpy().tobytes() for name, tensor in sorted(self.net.state_dict().items()))
+        self.settings = {"resize": f"bicubic-antialias-{self.size[0]}x{self.size[1]}", "weights_sha256": hashlib.sha256(named).hexdigest()}
 
     def _taps(self, images):
         x = F.interpolate(images.permute(0, 3, 1, 2).float(), self.size, mode="bicubic", antialias=True).clamp_(0, 255) / 255
         return {"pool": self.net((x - self.mean) / self.std)}
 
 
-def read_tensors(path, remedy):
-    """A state dict from a .safetensors file or a torch file, never by unpickling objects. remedy: what to do if there is no file."""
+def load_weights(net, path, missing, misfit="give a plain state dict of exactly this model"):
+    """Load a state dict from a .safetensors or torch file. Objects in it are not unpickled.
+
+    missing, misfit: what to do if there is no file, and if its names and shapes are not the network's. Raises UserError.
+    """
     if not os.path.isfile(path):
-        raise UserError(f"{path}: no such file; {remedy}")
+        raise UserError(f"{path}: no such file; {missing}")
     try:
         if str(path).endswith(".safetensors"):
             from safetensors.torch import load_file
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise TypeError("not tensors alone")
-    except Exception as error:  # damaged bytes can raise anything; torch's texts advise to unpickle
+    except Exception as error:  # damaged bytes can raise anything, and torch's texts advise to unpickle
         raise UserError(f"{path}: not a plain state dict, tensors by name ({type(error).__name__}); was the download cut short, "
                         "or is it a whole network? Then save its state_dict() alone") from error
-    return state
-
-
-def load_strictly(net, state, source, remedy="give a plain state dict of exactly this model"):
-    """Load a state dict whose names and shapes have to be the network's. Raises UserError if they are not."""
     try:
         net.load_state_dict(dict(state), assign=next(net.parameters()).is_meta)
     except RuntimeError as error:  # it names the tensors that are missing, unexpected or of another shape
         misfits = textwrap.shorten(str(error).partition(":")[2], 300)
-        raise UserError(f"{source}: not the weights of this network: {misfits}; {remedy}") from error
+        raise UserError(f"{path}: not the weights of this network: {misfits}; {misfit}") from error

@@ -1,63 +1,68 @@
-"""Evaluator: images in, the table's numbers out; on one process or many, in a script or inside training."""
+"""Evaluator: images in, numbers out; on one process or many, in a script or inside training."""
 
 import json
-import os
 import platform
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
-from fid import metrics, statistics
+from fid import metrics
 from fid.embeddings import PUBLISHED_SHA256_PREFIX, make_embedding
 from fid.metrics import METRICS, TABLE
 from fid.sources import Source, holds, random_positions
-from fid.statistics import FeatureStream
+from fid.statistics import FeatureStream, load_statistics
 from utils import distributed
 from utils.cli import UserError
 from utils.files import told, write_whole
 
-PUBLISHED_COUNT = 50_000        # samples behind a published number
-REFERENCE_IMAGES = 10_000       # reference images whose features precision, recall and KID look at, as in ADM's batches
-ADM_CONVERSION = "floor((x + 1) * 127.5)"
+PUBLISHED_COUNT = 50_000   # samples behind a published number
+REFERENCE_IMAGES = 10_000  # most reference images that precision, recall and KID look at, as in ADM's batches
 NO_IMAGES = "needs reference images and {} holds statistics only (no arr_0); give an ADM batch or an image set"
 
 
 class Reference:
     """What samples are compared with: stored statistics (an ADM batch, an EDM npz, our own file), an image set, or both.
 
-    reference: path of either, or an array (N, H, W, 3) uint8.
+    reference: path of either, or an array (N, H, W, 3) uint8. Raises UserError if stored statistics are not of the embedding's features.
     """
 
-    def __init__(self, reference):
-        is_path = isinstance(reference, (str, os.PathLike))
-        self.name = str(reference) if is_path else "array"
-        # gaussians: {tap: (mu, sigma)}; settings: how stored ones were made, maybe empty; both None where nothing is stored
-        self.gaussians, self.settings = statistics.load_statistics(reference) if self.name.endswith(".npz") else (None, None)
-        self.stored = self.gaussians is not None
+    def __init__(self, reference, embedding):
+        self.name, self.embedding = "array" if hasattr(reference, "shape") else str(reference), embedding
+        self.gaussians, self.settings = load_statistics(reference) if self.name.endswith(".npz") else ({}, {})
+        self.stored = "pool" in self.gaussians
         self.images = Source(reference) if not self.stored or holds(reference, "arr_0") else None
         self.num_images = self.settings.get("num_images") if self.stored else len(self.images)  # None if the file does not say
-        self.pool = ()           # features (M, d) of reference images
-        self.positions = None    # which images of the set those are, (M,)
-        self.embedding = None    # whose features they are
+        self.pool, self.positions = (), None  # features (M, d) of some of the images, and which ones those are (M,)
+        if self.stored:
+            self._check_stored()
 
-    def prepare(self, embedding, keep, batch_size, seed):
-        """Compute what is not stored, once: statistics of all images, and with `keep` the features of up to REFERENCE_IMAGES.
+    def _check_stored(self):
+        """Raise UserError unless the stored statistics are of this embedding's features."""
+        name, ours = self.embedding.name, self.embedding.settings.get("weights_sha256")
+        made_with, theirs = self.settings.get("embedding", "inception"), self.settings.get("weights_sha256", ours)  # ADM and EDM do not say
+        if made_with != name:
+            raise UserError(f"{self.name}: its statistics are of the {made_with} embedding, the samples' are of {name}; "
+                            f"make a reference with `python -m fid ref --embedding {name}`")
+        dims = {tap: len(mu) for tap, (mu, _) in self.gaussians.items()}
+        if not dims.items() <= self.embedding.dims.items():
+            raise UserError(f"{self.name}: its statistics have these numbers of features: {dims}, {name} has {self.embedding.dims}")
+        if theirs != ours:
+            raise UserError(f"{self.name}: made with weights sha256 {theirs[:8]}..., the samples are seen with {ours[:8]}...; "
+                            "use one weights file for both")
 
-        Every process has to call.
-        """
-        if self.embedding not in (None, embedding):
-            raise UserError(f"{self.name}: this Reference already holds features of {self.embedding.name}; "
-                            "open another one for another embedding")
-        self.embedding = embedding
-        if self.gaussians is not None and (len(self.pool) or not keep):
+    def prepare(self, keep, batch_size, seed):
+        """Compute what is not stored: statistics of all images, and with `keep` the features of up to REFERENCE_IMAGES. Collective."""
+        if "pool" in self.gaussians and (len(self.pool) or not keep):
             return
-        kept = np.zeros(len(self.images), dtype=bool)
-        if keep:
-            self.positions = random_positions(len(self.images), min(REFERENCE_IMAGES, len(self.images)), seed)
-            kept[self.positions] = True
-        stream = FeatureStream(embedding)
-        stream.add_source(self.images, batch_size, "reference", kept, self.positions if self.stored else None)
+        every = np.arange(len(self.images))
+        self.positions = random_positions(len(every), min(REFERENCE_IMAGES, len(every)), seed) if keep else every[:0]
+        others = every[:0] if self.stored else np.setdiff1d(every, self.positions)
+        stream = FeatureStream(self.embedding)
+        for positions, kept in ((self.positions, True), (others, False)):
+            if len(positions):
+                stream.add_source(self.images, batch_size, "reference", kept, positions)
         self.pool = stream.pool()
         if not self.stored:
             self.gaussians = stream.gaussians()
@@ -66,26 +71,24 @@ class Reference:
 class Evaluator:
     """Takes generated images batch by batch and gives the numbers.
 
-    reference: see Reference; one Reference can serve several evaluators.
-    metrics: names in METRICS, as a tuple or "fid,sfid"; None computes those of TABLE that the reference and the embedding can serve.
-    embedding: name (see fid.embeddings.make_embedding) or an embedding; weights: its weights, None the default place.
-    num_images: how many images will come, checked at the end; None accepts any number.
-    interval: also a confidence interval and the extrapolation of FID.
-    keep_features: hold on to features for save_neighbours, whatever the metrics.
-    conversion: how floats became uint8, for the record.
+    reference: see Reference. interval: also give a confidence interval and the extrapolation of FID.
+    metrics: names in METRICS, as a tuple or "fid,sfid"; None: those of TABLE that the reference and the embedding can serve.
+    embedding: its name (see fid.embeddings.make_embedding), or the embedding itself. weights: its weights; None: the usual place.
+    num_images: how many images will come, checked at the end; None: any number.
+    keep_features: keep those that save_neighbours needs. conversion: how floats became uint8, for the settings.
     Draws no global random numbers and leaves torch's settings alone. Raises UserError before any work.
     """
 
     def __init__(self, reference, metrics=None, embedding="inception", weights=None, num_images=None, interval=False,
-                 keep_features=False, batch_size=64, seed=0, conversion=ADM_CONVERSION):
-        self.reference = reference if isinstance(reference, Reference) else Reference(reference)
+                 keep_features=False, batch_size=64, seed=0, conversion="floor((x + 1) * 127.5)"):
         self.embedding = make_embedding(embedding, weights) if isinstance(embedding, str) else embedding
+        self.reference = Reference(reference, self.embedding)
         self.metrics, self.skipped = choose_metrics(metrics, self.embedding.name, self.reference)
         check_counts(self.metrics, interval, num_images, self.reference)
-        if self.reference.stored:
-            check_stored(self.reference, self.embedding)
-        self.num_images, self.interval, self.batch_size, self.seed = num_images, interval, batch_size, seed
-        self.conversion = conversion
+        if keep_features and self.reference.images is None:
+            raise UserError("--neighbours " + NO_IMAGES.format(self.reference.name))
+        self.num_images, self.interval, self.conversion = num_images, interval, conversion
+        self.batch_size, self.seed = batch_size, seed
         chosen = [METRICS[name] for name in self.metrics]
         self.keeps_reference = keep_features or any(metric.images for metric in chosen)
         self.keeps_samples = keep_features or interval or any(not metric.tap for metric in chosen)
@@ -94,16 +97,14 @@ class Evaluator:
     @classmethod
     def from_config(cls, config):
         """An Evaluator from the `eval` section of a config (utils.schema.EvalConfig)."""
-        if not config.ref_path:
-            raise UserError("eval.ref_path is empty; give reference statistics (.npz) or reference images")
         return cls(config.ref_path, config.metrics, config.embedding, config.weights, config.num_images)
 
     def reset(self):
-        """Forget the samples, to evaluate another model against the same reference."""
+        """Forget the samples, to evaluate others against the same reference."""
         self.stream = FeatureStream(self.embedding)
 
     def add(self, images, batch_index):
-        """images: (B, H, W, 3) uint8, numpy or torch; batch_index: its place among the global batches; rank k mod W adds batch k."""
+        """images: (B, H, W, 3) uint8, numpy or torch. batch_index: the number of this batch; rank k mod W adds batch k."""
         self.stream.add(images, batch_index, self.keeps_samples)
 
     def add_all(self, source):
@@ -111,26 +112,26 @@ class Evaluator:
         self.stream.add_source(source, self.batch_size, "samples", self.keeps_samples)
 
     def result(self):
-        """{"numbers": name -> float, "settings": ..., "warnings": [...], "skipped": metric -> why}, the same on every process.
+        """{"numbers": name -> float, "settings": ..., "warnings": [...], "skipped": metric -> why}; with `interval` also "interval".
 
-        Every process has to call. With `interval` also "interval".
+        Every process has to call, and gets the same.
         """
         count = self.stream.count()
         if self.num_images not in (None, count):
             raise ValueError(f"num_images={self.num_images} were announced, {count} came; a batch was left out or doubled")
         check_counts(self.metrics, self.interval, count, self.reference)
-        self.reference.prepare(self.embedding, self.keeps_reference, self.batch_size, self.seed)
+        self.reference.prepare(self.keeps_reference, self.batch_size, self.seed)
         self.gaussians, self.pool = self.stream.gaussians(), self.stream.pool()
         return distributed.broadcast_object(self._compute(count) if distributed.is_main() else None)
 
     def _compute(self, count):
-        numbers, self.warnings = {}, count_warnings(self.embedding, count, self.reference)
+        embedding, reference = self.embedding, self.reference
+        numbers, self.warnings = {}, count_warnings(embedding, count, reference)
         for metric in (METRICS[name] for name in self.metrics):
-            found, title = metric.compute(self), metric.name(self.embedding.name)
+            found, title = metric.compute(self), metric.name(embedding.name)
             numbers |= {title + suffix: number for suffix, number in found.items()} if isinstance(found, dict) else {title: found}
-        reference = self.reference
         settings = {
-            "num_images": count, "image_size": self.stream.image_size, "conversion": self.conversion, **embedding_settings(self.embedding),
+            "num_images": count, "image_size": self.stream.image_size, "conversion": self.conversion, **embedding_settings(embedding),
             "batch_size": max(num for _, num in self.stream.counts), "seed": self.seed, "metrics": list(self.metrics),
             "is_split": metrics.IS_SPLIT, "neighbours": metrics.NEIGHBOURS, "covariance_ddof": 1,
             "kid_subsets": metrics.KID_SUBSETS, "kid_subset_size": metrics.KID_SUBSET_SIZE,
@@ -139,20 +140,20 @@ class Evaluator:
         }
         result = {"numbers": numbers, "settings": settings, "warnings": self.warnings, "skipped": self.skipped}
         if self.interval:
-            result["interval"] = {"of": METRICS["fid"].name(self.embedding.name), "level": 0.95,
-                                  **metrics.distance_interval(reference.gaussians["pool"], self.pool, seed=self.seed)}
+            result["interval"] = {"of": METRICS["fid"].name(embedding.name), "level": 0.95,
+                                  **metrics.distance_interval(reference.gaussians["pool"], self.pool, self.seed)}
         return result
 
 
 def embedding_settings(embedding):
-    """What has to be known of an embedding, and of the software, to repeat its features."""
+    """What one must know of an embedding, and of the software, to repeat its features."""
     return {"embedding": embedding.name, "dim": embedding.dims["pool"], **embedding.settings, "arithmetic": "float32, no TF32",
             "device": embedding.device.type, "software": f"python {platform.python_version()}, torch {torch.__version__}, "
                                                          f"numpy {np.__version__}"}
 
 
 def choose_metrics(wanted, embedding_name, reference):
-    """(metrics to compute, {metric: why not}). Raises UserError if a metric was asked for by name and cannot be had."""
+    """(metrics to compute, {metric: why not}). Raises UserError for a metric that is asked for by name and cannot be computed."""
     if isinstance(wanted, str):
         wanted = [name.strip() for name in wanted.split(",") if name.strip()]
     obstacles = {}
@@ -175,7 +176,7 @@ def choose_metrics(wanted, embedding_name, reference):
 
 
 def check_counts(wanted, interval, num_images, reference):
-    """Raise UserError if there are too few samples (num_images, None if unknown) or reference images to compute anything."""
+    """Raise UserError if these metrics need more samples (num_images, None if unknown) or reference images."""
     for name in wanted:
         metric, counts = METRICS[name], {"samples": num_images}
         if metric.images or metric.tap and not reference.stored:
@@ -187,42 +188,30 @@ def check_counts(wanted, interval, num_images, reference):
         raise UserError(f"interval: {num_images} samples, wanted at least {2 * metrics.GROUPS}")
 
 
-def check_stored(reference, embedding):
-    """Raise UserError if stored statistics are not of this embedding's features."""
-    made_with = reference.settings.get("embedding", "inception")  # ADM's and EDM's files do not say
-    if made_with != embedding.name:
-        raise UserError(f"{reference.name}: its statistics are of the {made_with} embedding, the samples' are of "
-                        f"{embedding.name}; make a reference with `python -m fid ref --embedding {embedding.name}`")
-    dims = {tap: len(mu) for tap, (mu, _) in reference.gaussians.items()}
-    if not dims.items() <= embedding.dims.items():
-        raise UserError(f"{reference.name}: its statistics have these numbers of features: {dims}, {embedding.name} has {embedding.dims}")
-    theirs, ours = reference.settings.get("weights_sha256"), embedding.settings.get("weights_sha256")
-    if theirs not in (None, ours):
-        raise UserError(f"{reference.name}: made with weights sha256 {theirs[:8]}..., the samples are seen with {ours[:8]}...; "
-                        "use one weights file for both")
-
-
 def count_warnings(embedding, count, reference):
-    """What a reader of the numbers should know about how many images are behind them, and which weights."""
-    dim, published = embedding.dims["pool"], PUBLISHED_COUNT
-    references = reference.num_images or published  # a file that does not say how many is one of the published ones
-    few = (f"{{}} are too few for {dim} features: the covariance is singular and {METRICS['fid'].name(embedding.name)} far too high; "
-           f"use at least {dim + 1}, and compare only equal numbers of samples")
-    table = [(count <= dim, few.format(f"{count} samples")), (references <= dim, few.format(f"{references} reference images"))]
-    if embedding.name == "inception":
-        sha256 = embedding.settings["weights_sha256"][:8]
-        table += [
-            (dim < count < published, f"{count} samples: published numbers use {published}, and fewer samples give a higher FID; "
-             "compare only equal numbers of samples (--interval also estimates the limit of many)"),
-            (dim < references < published, f"the reference statistics come from {references} images ({reference.name}), not from a "
-             "whole training set: published ImageNet FIDs use the mu and sigma stored in ADM's or EDM's file"),
-            (sha256 != PUBLISHED_SHA256_PREFIX, f"the Inception weights (sha256 {sha256}...) are not the published ones "
-             f"({PUBLISHED_SHA256_PREFIX}...): these numbers compare with no table")]
-    return [warning for applies, warning in table if applies]
+    """Warnings about too few images, and about other Inception weights than the published ones."""
+    dim, fid = embedding.dims["pool"], METRICS["fid"].name(embedding.name)
+    references = reference.num_images or PUBLISHED_COUNT  # published files do not say how many
+    warnings = [f"{number} {what} are too few for {dim} features: the covariance is singular and {fid} far too high; "
+                f"use at least {dim + 1}, and compare only equal numbers of samples"
+                for number, what in ((count, "samples"), (references, "reference images")) if number <= dim]
+    if embedding.name != "inception":
+        return warnings
+    if dim < count < PUBLISHED_COUNT:
+        warnings.append(f"{count} samples: published numbers use {PUBLISHED_COUNT}, and fewer samples give a higher FID; compare only "
+                        "equal numbers of samples (--interval also estimates the limit of many)")
+    if dim < references < PUBLISHED_COUNT:
+        warnings.append(f"the reference statistics come from {references} images ({reference.name}), not from a whole training set: "
+                        "published ImageNet FIDs use the mu and sigma stored in ADM's or EDM's file")
+    sha256 = embedding.settings["weights_sha256"][:8]
+    if sha256 != PUBLISHED_SHA256_PREFIX:
+        warnings.append(f"the Inception weights (sha256 {sha256}...) are not the published ones ({PUBLISHED_SHA256_PREFIX}...): "
+                        "compare these numbers with no published table")
+    return warnings
 
 
 def format_result(result):
-    """The numbers, interval and warnings as text for people, one item a line."""
+    """A result as text, one item a line."""
     width = max(map(len, result["numbers"]))
     lines = [f"{name:>{width}}  {value:.6g}" for name, value in result["numbers"].items()]
     if "interval" in result:
@@ -245,24 +234,13 @@ def save_result(path, result):
 
 
 def save_neighbours(path, source, evaluator, num_samples=8, num_neighbours=5):
-    """Save a grid of the samples of `source` nearest to real images: on each row one, then its nearest real images.
-
-    evaluator: with keep_features, and its result computed.
-    """
+    """Draw the samples that look most like copies, each with its nearest real images. evaluator: has measured `source`, keep_features."""
     from utils.images import save_grid
     reference = evaluator.reference
-    rows, indices, ratios = metrics.closest_pairs(evaluator.pool, reference.pool, num_samples, num_neighbours)
-    images = [np.concatenate([source.read([row]), reference.images.read(reference.positions[near])]) for row, near in zip(rows, indices)]
+    samples, neighbours, ratios = metrics.closest_pairs(evaluator.pool, reference.pool, num_samples, num_neighbours)
+    rows = [[*source.read([sample]), *reference.images.read(reference.positions[near])] for sample, near in zip(samples, neighbours)]
+    pictures = [np.asarray(Image.fromarray(picture).resize(source.size)) for row in rows for picture in row]
     with told(path), write_whole(path) as temporary:
-        save_grid(temporary, np.concatenate(images), labels=[f"{ratio:.2f}" for ratio in ratios], columns=1 + indices.shape[1],
-                  column_labels=["sample"] + ["real"] * indices.shape[1],
+        save_grid(temporary, np.stack(pictures), labels=[f"{ratio:.2f}" for ratio in ratios],
+                  column_labels=["sample"] + ["real"] * neighbours.shape[1],
                   title="Nearest real images (0 = copied, about 1 = as new as real images)")
-
-
-def check_neighbours(source, reference):
-    """Raise UserError if a picture of both cannot be made."""
-    if reference.images is None:
-        raise UserError("--neighbours " + NO_IMAGES.format(reference.name))
-    if source.size != reference.images.size:
-        raise UserError(f"--neighbours shows both side by side, but samples are {source.size} and reference images "
-                        f"{reference.images.size} pixels; give reference images of the samples' size")

@@ -1,60 +1,43 @@
 """The Inception network of the published FID numbers, and the resize before it.
 
-It is torchvision's Inception (Szegedy et al. 2016, arXiv 1512.00567) with the three changes of the network that Heusel et al. 2017
-measured with: 1008 classes, mean pools that do not count the padding, and a max pool in the last block's pool branch.
+It is torchvision's Inception (Szegedy et al. 2016, arXiv 1512.00567) with what Heusel et al. 2017 measured with: 1008 classes, mean
+pools that leave out the padding, and a max pool in the last block.
 """
-
-import functools
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models.inception import BasicConv2d, Inception3, InceptionA, InceptionAux, InceptionB, InceptionC, InceptionD, InceptionE
+from torchvision.models.inception import Inception3, InceptionE
 
 INPUT_SIZE = 299
 RESIZE = "tf1-bilinear-299"
-NUM_CLASSES = 1008
 SPATIAL_CHANNELS = 7
 DIMS = {"pool": 2048, "spatial": 17 * 17 * SPATIAL_CHANNELS}
 
-mean_pool = functools.partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-max_pool = functools.partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
 
-
-class FIDInceptionA(InceptionA):
-    def _forward(self, x):
-        return [self.branch1x1(x),
-                self.branch5x5_2(self.branch5x5_1(x)),
-                self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x))),
-                self.branch_pool(mean_pool(x))]
-
-
-class FIDInceptionC(InceptionC):
-    def _forward(self, x):
-        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
-        return [self.branch1x1(x),
-                self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x))),
-                self.branch7x7dbl_5(self.branch7x7dbl_4(double)),
-                self.branch_pool(mean_pool(x))]
-
-
-class FIDInceptionE(InceptionE):
-    pool = staticmethod(mean_pool)
+class LastBlock(InceptionE):
+    """An Inception block with a max pool in its pool branch: a slip of the original network that became the standard."""
 
     def _forward(self, x):
-        three, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        return [self.branch1x1(x),
-                self.branch3x3_2a(three), self.branch3x3_2b(three),
-                self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double),
-                self.branch_pool(self.pool(x))]
+        *branches, _ = super()._forward(x)
+        return [*branches, self.branch_pool(F.max_pool2d(x, kernel_size=3, stride=1, padding=1))]
+
+
+def leave_out_padding(branch, inputs):
+    """Hook: correct torchvision's 3x3 means (B, C, H, W), which count the zeros around the image as pixels."""
+    (means,) = inputs
+    share = F.avg_pool2d(torch.ones_like(means[:1, :1]), kernel_size=3, stride=1, padding=1)  # of each window that lies in the image
+    return (means / share,)
 
 
 def make_network():
     """The network without memory for its weights (on the meta device): load a state dict with assign=True."""
-    blocks = [BasicConv2d, FIDInceptionA, InceptionB, FIDInceptionC, InceptionD, FIDInceptionE, InceptionAux]
-    with torch.device("meta"):  # neither draws random numbers nor takes the time to
-        net = Inception3(NUM_CLASSES, aux_logits=False, init_weights=False, inception_blocks=blocks)
-    net.Mixed_7c.pool = max_pool  # a slip of the original network that became the standard
+    with torch.device("meta"):  # it draws no random numbers and takes no time
+        net = Inception3(1008, aux_logits=False, init_weights=False)
+        net.Mixed_7c = LastBlock(2048)
+    for name, block in net.named_children():
+        if hasattr(block, "branch_pool") and name != "Mixed_7c":
+            block.branch_pool.register_forward_pre_hook(leave_out_padding)
     return net.eval()
 
 
@@ -72,17 +55,12 @@ def resize_tf1(images, size=INPUT_SIZE):
 
     images: (B, H, W, C) uint8 or float. Returns (B, size, size, C) float32 in the same grey levels.
     """
-    y0, y1, wy = _taps(images.shape[1], size, images.device)
-    x0, x1, wx = _taps(images.shape[2], size, images.device)
-    images = images.float()
-    left, right = images.index_select(2, x0), images.index_select(2, x1)
-    rows = torch.addcmul(left, right.sub_(left), wx[:, None])  # (B, H, size, C)
-    top, bottom = rows.index_select(1, y0), rows.index_select(1, y1)
-    return torch.addcmul(top, bottom.sub_(top), wy[:, None, None])
+    rows, columns = (_resize_matrix(length, size, images.device) for length in images.shape[1:3])
+    return torch.einsum("yh,bhwc,xw->byxc", rows, images.float(), columns).contiguous()
 
 
-def _taps(length, size, device):
-    """Lower index, upper index and the upper one's weight of each output position, float32 as in the original graph."""
-    source = torch.arange(size, dtype=torch.float32, device=device) * torch.tensor(length / size, dtype=torch.float32, device=device)
-    lower = source.floor().long()
-    return lower, (lower + 1).clamp(max=length - 1), source - lower
+def _resize_matrix(length, size, device):
+    """(size, length) float32: in each row the weights of the two pixels around a place. Beyond the last pixel it counts alone."""
+    places = torch.arange(size, dtype=torch.float32, device=device) * torch.tensor(length / size, dtype=torch.float32, device=device)
+    distances = places.clamp(max=length - 1)[:, None] - torch.arange(length, device=device)
+    return (1 - distances.abs()).clamp(min=0)

@@ -1,7 +1,7 @@
-"""The numbers, from features and statistics alone: Frechet distance and its interval, Inception Score, precision, recall, KID.
+"""The metrics as functions of features: Frechet distance and its interval, Inception Score, precision, recall, KID.
 
 METRICS at the end is what `--metrics` offers. To add a metric, write its function and give it a line there.
-Everything is computed in float64; features come in as float32.
+Features come in as float32; everything is computed in float64.
 """
 
 import dataclasses
@@ -10,93 +10,98 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from scipy.special import rel_entr
+from torch.nn import functional as F
 
 IS_SPLIT = 5000
-SORTED_RATIO = 1.1  # Inception Score of shuffled over file-order splits from which the order has spoiled it
-NEIGHBOURS = 3      # k of precision and recall; each side needs one image more
+SORTED_RATIO = 1.1  # if shuffling raises the Inception Score by this factor, the images were sorted by class
+NEIGHBOURS = 3  # k of precision and recall; each side needs one image more
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-GROUPS = 20         # of the interval's jackknife
-BLOCK = 2 ** 23     # numbers in a block of a distance matrix, 64 MiB
+GROUPS, SUBSETS = 20, 15  # of the interval: for its error, and for its extrapolation
+BLOCK = 2 ** 23  # numbers in a block of a distance matrix, 64 MiB
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2, root1=None):
     """Frechet distance |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^1/2) of two Gaussians, as a float.
 
     mu: (d,), sigma: (d, d) symmetric, numpy float64. Exact for singular covariances: no eps on a diagonal, no complex numbers.
-    root1: covariance_root(sigma1), for who needs it many times. Source: Dowson and Landau 1982.
+    root1: covariance_root(sigma1), if it is there already. Source: Dowson and Landau 1982.
     """
     root1 = covariance_root(sigma1) if root1 is None else root1
     mixed = np.linalg.eigvalsh(root1.T @ sigma2 @ root1)  # the eigenvalues of sigma1 sigma2
-    cross = np.sqrt(mixed[mixed > _rank_cut(mixed)]).sum()
+    cross = np.sqrt(mixed[_above_noise(mixed)]).sum()
     return float(((mu1 - mu2) ** 2).sum() + (root1 ** 2).sum() + np.trace(sigma2) - 2 * cross)
 
 
 def covariance_root(sigma):
-    """R (d, rank) with R R^T = sigma; directions below the rank cut are left out."""
+    """R (d, rank) with R R^T = sigma, without the directions that are rounding noise."""
     values, vectors = np.linalg.eigh(sigma)
-    kept = values > _rank_cut(values)
+    kept = _above_noise(values)
     return vectors[:, kept] * np.sqrt(values[kept])
 
 
-def _rank_cut(values):
-    """Eigenvalues at or below this are rounding noise."""
-    return max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps if len(values) else 0.0
+def _above_noise(eigenvalues):
+    """(d,) bool: those that are not 0 but for rounding."""
+    return eigenvalues > eigenvalues.max(initial=0) * len(eigenvalues) * np.finfo(np.float64).eps
 
 
-def mean_and_covariance(features):
-    """Mean (d,) and covariance (d, d) with ddof 1 of features (N, d), numpy float64."""
-    features = torch.as_tensor(features).double()
-    return features.mean(0).cpu().numpy(), features.T.cov().cpu().numpy()
+def products_of(features):
+    """The count, sums and products of features (n, d) as one float64 matrix (d + 1, d + 1). They add up over batches."""
+    ones_first = F.pad(torch.as_tensor(features).double(), (1, 0), value=1)
+    return ones_first.T @ ones_first
 
 
-def distance_interval(reference, pool, groups=GROUPS, sizes=15, seed=0):
-    """How sure the Frechet distance is, as a dict. reference: (mu, sigma), which counts as exact; pool: sample features (N, d).
+def mean_and_covariance(products):
+    """Mean (d,) and covariance (d, d) with ddof 1, numpy float64, from `products_of` the features."""
+    count, mu = products[0, 0], products[0, 1:] / products[0, 0]
+    sigma = (products[1:, 1:] - count * torch.outer(mu, mu)) / (count - 1)
+    return mu.cpu().numpy(), sigma.cpu().numpy()
 
-    low, high, standard_error: 95 % interval at this number of samples. Each of `groups` random groups is left out once, and the
-    spread of the distances gives the error (delete-a-group jackknife, Kott 2001).
-    extrapolated: the distance of infinitely many samples, free of the bias of a finite number: a straight line through the
-    distances of random subsets of several sizes over 1/size, followed to 0 (Chong and Forsyth 2020, arXiv 1911.07023).
+
+def distance_interval(reference, pool, seed=0):
+    """How far chance reaches in a Frechet distance, as a dict. reference: (mu, sigma), taken as exact. pool: sample features (N, d).
+
+    low, high, standard_error: 95 % interval for this number of samples. Random groups are left out in turn, and the spread of the
+    distances gives the error (delete-a-group jackknife, Kott 2001).
+    extrapolated: the distance for infinitely many samples, which is lower. Distances of random subsets are fitted by a straight
+    line over 1 / size and followed to 0 (Chong and Forsyth 2020, arXiv 1911.07023).
     """
     from scipy.stats import linregress, t  # takes most of a second to import
     root = covariance_root(reference[1])
 
     def distance(rows):
-        return frechet_distance(*reference, *mean_and_covariance(pool[rows]), root)
+        return frechet_distance(*reference, *mean_and_covariance(products_of(pool[rows])), root)
 
     order = np.random.default_rng(seed).permutation(len(pool))
-    group_of = torch.as_tensor(np.argsort(order) % groups, device=pool.device)
-    error = float(np.sqrt((groups - 1) * np.var([distance(group_of != group) for group in range(groups)])))
-    middle, reach = distance(slice(None)), float(t.ppf(0.975, groups - 1)) * error
+    group_of = torch.as_tensor(np.argsort(order) % GROUPS, device=pool.device)
+    error = float(np.sqrt((GROUPS - 1) * np.var([distance(group_of != group) for group in range(GROUPS)])))
+    middle, reach = distance(slice(None)), float(t.ppf(0.975, GROUPS - 1)) * error
     rng = np.random.default_rng(seed)
-    sizes = np.linspace(5000 if len(pool) >= 10000 else len(pool) // 2, len(pool), sizes).astype(int)
+    sizes = np.linspace(5000 if len(pool) >= 10000 else len(pool) // 2, len(pool), SUBSETS).astype(int)
     line = linregress(1 / sizes, [distance(rng.choice(len(pool), size, replace=False)) for size in sizes])
     return {"low": middle - reach, "high": middle + reach, "standard_error": error, "extrapolated": float(line.intercept)}
 
 
 def inception_score(pool, weights, split_size=IS_SPLIT):
-    """Inception Score of pooled features in file order, as the ADM evaluator defines it: no bias, mean over splits of 5000.
+    """Inception Score as in ADM's evaluator, a float: logits without bias, mean over splits in file order.
 
-    pool: (N, 2048). weights: fc.weight (1008, 2048). A short last split counts as one. Returns a float.
+    pool: (N, 2048). weights: fc.weight (1008, 2048). A short last split counts like the others.
     Source: Salimans et al. 2016 (arXiv 1606.03498).
     """
-    pool, scores = torch.as_tensor(pool), []
-    matrix = torch.as_tensor(weights).to(pool.device).double().T
+    scores = []
     for rows in pool.split(split_size):
-        p = torch.softmax(rows.double() @ matrix, 1).cpu().numpy()
+        p = torch.softmax(rows.double() @ weights.double().T, 1).cpu().numpy()
         scores.append(np.exp(rel_entr(p, p.mean(0)).sum(1).mean()))
     return float(np.mean(scores))
 
 
 def coverage(points, manifold, k=NEIGHBOURS):
-    """Share of the points (N, d) that lie on a manifold given by the points (M, d), as a float.
+    """Share of the points (N, d) that lie on the manifold around other points (M, d), M above k; a float.
 
-    The manifold is the union of balls around its points that reach to each one's k-th nearest neighbour (itself excluded).
-    coverage(samples, reference) is improved precision, coverage(reference, samples) is improved recall. Distances are squared
-    and computed in float64, so that float32 features decide alone. The manifold needs more than k points.
+    The manifold is the union of balls around its points. Each ball reaches to the k-th nearest of the other points.
+    coverage(samples, reference) is improved precision, coverage(reference, samples) is improved recall.
     Source: Kynkaanniemi et al. 2019 (arXiv 1904.06991).
     """
-    points, manifold = torch.as_tensor(points), torch.as_tensor(manifold)
-    radii = nearest_neighbours(manifold, manifold, k + 1)[0][:, k]  # the nearest of all is the point itself, at distance 0
+    radii = nearest_neighbours(manifold, manifold, k + 1)[0][:, k]  # the nearest is the point itself, at distance 0
     return torch.cat([(distances <= radii).any(1) for distances in distance_blocks(points, manifold)]).double().mean().item()
 
 
@@ -114,15 +119,15 @@ def distance_blocks(a, b):
         rows = rows.double()
         scale = rows.square().sum(1)[:, None] + norms
         distances = torch.addmm(scale, rows, b.T, alpha=-2)
-        # What rounding leaves of equal points is 0, so that duplicates lie inside a ball of radius 0.
+        # Rounding makes the distance of equal points a little more than 0: back to 0, so that copies lie in a ball of radius 0.
         yield torch.where(distances > 64 * torch.finfo(torch.float64).eps * scale, distances, 0)
 
 
 def closest_pairs(sample_pool, reference_pool, num_samples=8, num_neighbours=5):
-    """The samples that lie closest to a real image for how far real images lie apart there, the suspicious ones first.
+    """The samples that look most like copies of a real image: sample indices (S,), reference indices (S, K), ratios (S,).
 
-    Returns sample indices (S,), reference indices (S, K) nearest first, and (S,) ratios: the sample's distance to its nearest
-    real image over that image's distance to the next real one. A copy has ratio 0; samples as new as real ones have about 1.
+    The ratio is a sample's distance to its nearest real image, over that image's distance to the next real one. A copy has 0, and
+    a sample that is as new as a real image about 1. The lowest ratio comes first; the reference indices are nearest first.
     """
     distances, indices = nearest_neighbours(sample_pool, reference_pool, num_neighbours)
     apart = nearest_neighbours(reference_pool, reference_pool, 2)[0][indices[:, 0], 1]
@@ -134,24 +139,16 @@ def closest_pairs(sample_pool, reference_pool, num_samples=8, num_neighbours=5):
 def kernel_distance(a, b):
     """Unbiased squared MMD of two feature sets (n, d), (m, d) under the cubic kernel (x.y / d + 1)^3; a float."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
-
-    def kernel(x, y):
-        return (x @ y.T / x.shape[1] + 1) ** 3
-
-    def within(x):
-        matrix = kernel(x, x)
-        return (matrix.sum() - matrix.diagonal().sum()) / (len(x) * (len(x) - 1))
-
-    return (within(a) + within(b) - 2 * kernel(a, b).mean()).item()
+    within_a, within_b, between = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    means = [(kernel.sum() - kernel.trace()) / (len(kernel) * (len(kernel) - 1)) for kernel in (within_a, within_b)]
+    return (sum(means) - 2 * between.mean()).item()
 
 
-def kid(reference_pool, sample_pool, num_subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=0):
-    """Kernel Inception Distance: mean and standard deviation of kernel_distance over random subsets.
+def kid(reference, samples, num_subsets=KID_SUBSETS, subset_size=KID_SUBSET_SIZE, seed=0):
+    """Kernel Inception Distance of pooled features: mean and standard deviation of kernel_distance over random subsets.
 
-    The subset size is lowered to the smaller set's size; where it is all of both sets, every subset is the same and the
-    deviation 0. Source: Binkowski et al. 2018 (arXiv 1801.01401).
+    Subsets are no larger than the smaller set. Source: Binkowski et al. 2018 (arXiv 1801.01401).
     """
-    reference, samples = torch.as_tensor(reference_pool), torch.as_tensor(sample_pool)
     size = min(subset_size, len(reference), len(samples))
     rng = np.random.default_rng(seed)
     values = [kernel_distance(reference[rng.choice(len(reference), size, replace=False)],
@@ -161,12 +158,13 @@ def kid(reference_pool, sample_pool, num_subsets=KID_SUBSETS, subset_size=KID_SU
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-    """compute(evaluator) gives the number, or {suffix of its name: number}; it may append to evaluator.warnings.
+    """A row of METRICS.
 
-    The evaluator and its `reference` have gaussians {tap: (mu, sigma)} and pool, features (N, d) in file order; `seed` is for choices.
-    title: its name on Inception features. other: its name on other features, followed by theirs; "" if it is defined on Inception only.
-    tap: the Gaussians that it compares, "pool" or "spatial"; "" if it looks at the pool of the samples.
-    images: it looks at the pool of the reference, which takes images. least: images that each side needs.
+    compute(evaluator): the number, or {suffix of its name: number}. evaluator.gaussians {tap: (mu, sigma)} and evaluator.pool
+        (features (N, d) in file order) are of the samples; evaluator.reference has both too. evaluator.seed is for random choices.
+    title: its name on Inception's features. other: its name on others, "" if there is none.
+    tap: the Gaussians that it compares, "pool" or "spatial"; "" if it looks at evaluator.pool.
+    images: it looks at the features of reference images. least: number of images that each side needs.
     """
     compute: Callable
     title: str
@@ -176,19 +174,19 @@ class Metric:
     least: int = 2
 
     def name(self, embedding):
-        """Only Inception's Frechet distance is called FID."""
+        """Only the Frechet distance of Inception's features is called FID."""
         return self.title if embedding == "inception" else f"{self.other}-{embedding}"
 
 
 def _inception_score(evaluator):
-    """The score in file order, with a warning if that order is what makes it low."""
+    """The score in file order. Warns if that order makes it low."""
     pool = evaluator.pool
     order = torch.as_tensor(np.random.default_rng(evaluator.seed).permutation(len(pool)), device=pool.device)
     score, shuffled = (inception_score(some, evaluator.embedding.class_weight, IS_SPLIT) for some in (pool, pool[order]))
     if shuffled >= SORTED_RATIO * score:
         evaluator.warnings.append(
-            f"IS is {score:.4g} in file order and {shuffled:.4g} shuffled: the samples look sorted by class, which ruins it, because "
-            f"it is computed on splits of {IS_SPLIT}; mix the classes (generate.py does when it draws a class per seed)")
+            f"IS is {score:.4g} in file order and {shuffled:.4g} shuffled: the samples look sorted by class, which makes it low, because "
+            f"it is the mean over splits of {IS_SPLIT}; mix the classes (generate.py does when it draws a class per seed)")
     return score
 
 
@@ -200,4 +198,4 @@ METRICS = {
     "recall": Metric(lambda e: coverage(e.reference.pool, e.pool), "recall", "recall", images=True, least=NEIGHBOURS + 1),
     "kid": Metric(lambda e: dict(zip(("", "_std"), kid(e.reference.pool, e.pool, seed=e.seed))), "KID", "KD", images=True),
 }
-TABLE = ("fid", "sfid", "is", "precision", "recall")  # what is computed if nothing is asked for
+TABLE = ("fid", "sfid", "is", "precision", "recall")  # computed if nothing is asked for

@@ -1,4 +1,4 @@
-"""Image sets to measure: what dataset.images reads, all of one size, in batches that the processes share."""
+"""Image sets to measure, all images of one size, read in batches that the processes share. dataset.images decodes them."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +11,14 @@ from utils import distributed
 from utils.cli import UserError
 
 DECODERS = min(8, os.cpu_count() or 1)
-SIZES_CHECKED = 256  # files whose size is looked at before any work; the others' when they are read
+SIZES_CHECKED = 64  # images that are read before any work, to see whether all have one size; the others are checked later
 
 
 class Source:
-    """An image set of one size, or a random part of it.
+    """An image set of one size, or a random part of it. Raises UserError for a set that cannot be measured.
 
     images: a path that dataset.images.open_images takes, or an array (N, H, W, 3) uint8.
-    num: how many images, drawn by `seed` and kept in file order; None takes all. option: where the user gave `num`, for messages.
-    Raises UserError before any image work.
+    num: how many images, drawn by `seed` and kept in file order; None takes all. option: what the user calls `num`.
     """
 
     def __init__(self, images, num=None, seed=0, option="--num"):
@@ -33,10 +32,9 @@ class Source:
         if num is not None and not 1 <= num <= total:
             raise UserError(f"{self.name}: {option} asks for {num} images, it has {total}; give 1 to {total}")
         self.chosen = random_positions(total, total if num is None else num, seed)
-        self.size = self.images.size(0)  # (width, height)
-        for index in np.linspace(0, total - 1, min(total, SIZES_CHECKED)).astype(int):
-            self._check_size(index, self.images.size(index))
+        self.size = self.images.picture(0).shape[1::-1]  # (width, height)
         self.decoders = ThreadPoolExecutor(DECODERS)
+        list(self.decoders.map(self._picture, np.linspace(0, total - 1, min(total, SIZES_CHECKED)).astype(int)))
 
     def __len__(self):
         return len(self.chosen)
@@ -47,14 +45,12 @@ class Source:
 
     def _picture(self, index):
         picture = self.images.picture(index)
-        self._check_size(index, picture.shape[1::-1])
-        return picture
-
-    def _check_size(self, index, size):
+        size = picture.shape[1::-1]
         if size != self.size:
             first, this = (self.images.names[i] if self.images.names else f"image {i}" for i in (0, index))
             raise UserError(f"{self.name}: mixed sizes, {first} is {self.size[0]}x{self.size[1]} and {this} is {size[0]}x{size[1]}; "
                             "give a folder of the samples alone, or crop and resize all to one size first")
+        return picture
 
 
 def random_positions(total, num, seed):
@@ -80,9 +76,9 @@ def check_images(images):
 
 
 def batches(source, batch_size, positions):
-    """Yield (batch_index, positions (n,), images (n, H, W, 3) uint8) of fixed global batches; batch k belongs to rank k mod W.
+    """Yield this process's (batch_index, images (n, H, W, 3) uint8) of the images at these positions (M,): rank k mod W has batch k.
 
-    positions: which images make up the batches, ascending (M,). One batch is read ahead in a thread.
+    So the batches do not depend on the number of processes. The next one is read while one is used.
     """
     parts = np.array_split(positions, range(batch_size, len(positions), batch_size))
     mine = range(distributed.rank(), len(parts), distributed.world_size())
@@ -91,4 +87,4 @@ def batches(source, batch_size, positions):
         ahead = next(reads, None)
         for index in mine:
             current, ahead = ahead, next(reads, None)
-            yield index, parts[index], current.result()
+            yield index, current.result()

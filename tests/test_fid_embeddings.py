@@ -10,6 +10,7 @@ from PIL import Image
 
 from fid import embeddings, evaluate, metrics
 from fid.sources import Source
+from utils.cli import UserError
 
 DEMO_CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "demo-classifier"
 
@@ -78,13 +79,19 @@ def test_neighbours_put_a_copied_image_first(tmp_path):
     assert picture.shape[0] >= 3 * 64 and picture.shape[1] >= 3 * 64  # three rows of a sample and two real images, magnified
 
 
-def test_neighbours_of_other_sizes_or_bare_statistics_are_refused(tmp_path):
+def test_neighbours_of_other_sizes_are_drawn_at_the_size_of_the_samples(tmp_path):
+    samples = random_images(3, 8, 8).numpy()
+    evaluator = evaluate.Evaluator(random_images(5, 16, 12).numpy(), embedding=TinyInception(), metrics=("fid",), keep_features=True)
+    evaluator.add(samples, 0)
+    evaluator.result()
+    evaluate.save_neighbours(tmp_path / "n.png", Source(samples), evaluator, 3, 2)
+    assert Image.open(tmp_path / "n.png").size[0] >= 3 * 64
+
+
+def test_neighbours_among_bare_statistics_are_refused(tmp_path):
     np.savez(tmp_path / "ref.npz", mu=np.zeros(8), sigma=np.eye(8))
-    source = Source(random_images(2, 8, 8).numpy())
-    with pytest.raises(ValueError, match="statistics only"):
-        evaluate.check_neighbours(source, evaluate.Reference(tmp_path / "ref.npz"))
-    with pytest.raises(ValueError, match=r"samples are \(8, 8\) and reference images \(9, 8\)"):
-        evaluate.check_neighbours(source, evaluate.Reference(random_images(2, 8, 9).numpy()))
+    with pytest.raises(UserError, match="--neighbours needs reference images and .*ref.npz holds statistics only"):
+        evaluate.Evaluator(tmp_path / "ref.npz", embedding=TinyInception(), keep_features=True)
 
 
 def test_another_file_given_as_classifier_is_told(tmp_path):
