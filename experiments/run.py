@@ -122,7 +122,7 @@ def train_arm(setting, arm, seed, data, scores, work, device, clock, notice):
     from experiments.scoring import Sampler
     from models import build_model
     from training.loop import TrainState, fit
-    from training.run import start_from
+    from training.start import start_from
     from utils.config import model_arguments
 
     planned = plan(setting, arm)

@@ -18,6 +18,7 @@ import torch
 
 from models import build_model
 from models.layers import sincos_positions
+from utils import distributed
 from utils.class_names import load_imagenet_class_names
 from utils.cli import UserError
 from utils.config import from_dict, load_config, model_arguments
@@ -30,22 +31,28 @@ say_once = functools.cache(say)  # the grids and the evaluations of a run each l
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU as a dict, ours or a published one.
+    """`read_checkpoint`, if the file is whole: rank 0 reads all of it, and the others wait for the verdict. Collective."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path}: no such file")
+    if problem := distributed.broadcast_object(damage(path) if distributed.is_main() else None):
+        raise UserError(f"checkpoint {path} is damaged: {problem}; take another one, or download it again")
+    return read_checkpoint(path)
+
+
+def read_checkpoint(path):
+    """A checkpoint as a dict, ours or a published one. Its tensors are mapped from the file: to keep them, copy them.
 
     Only tensors, plain containers and argparse.Namespace (the published `args`) are let in. Raises UserError saying what is
     wrong with the file.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path}: no such file")
-    if problem := damage(path):
-        raise UserError(f"checkpoint {path} is damaged: {problem}; take another one, or download it again")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         named = re.search(r"(?:GLOBAL|class|global:?) ([\w]+\.[\w.]+)", str(error))
         what = f"it contains {named[1]}" if named else "its pickle is not readable"

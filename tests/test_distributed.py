@@ -15,7 +15,7 @@ from models import EDMLoss
 from utils import distributed
 from utils.cli import UserError
 from training.loop import train_step
-from training.run import claim
+from training.start import claim
 
 
 # ------------------------------------------------------------------------------------------------ what every process calls

@@ -11,8 +11,8 @@ MOST_LINES = {
     "models": 1030,
     "dataset": 1584,  # to 1,300
     "fid": 1000,
-    "sampling": 585,  # to 520
-    "training": 1080,  # to 1,000
+    "sampling": 592,  # to 520
+    "training": 1133,  # to 1,000
     "utils": 1348,
     ".": 460,
     "scripts": 330,

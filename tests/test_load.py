@@ -10,8 +10,8 @@ import torch
 
 import models
 from models.layers import sincos_positions
-from sampling.load import (checkpoint_digest, file_sha256, fit_decoder, load_checkpoint, load_net, load_weights_into, steps_done,
-                           strip_prefixes, weights_of)
+from sampling.load import (checkpoint_digest, file_sha256, fit_decoder, load_checkpoint, load_net, load_weights_into, read_checkpoint,
+                           steps_done, strip_prefixes, weights_of)
 from training.checkpoint import write_checkpoint
 from utils.cli import UserError
 from utils.config import load_config, model_arguments, to_dict
@@ -196,6 +196,25 @@ def test_missing_file_and_missing_weights_are_named(tmp_path):
         load_weights(tmp_path / "no_ema.pt")
 
 
+def mapped(path):
+    """Whether this process has the file mapped into memory."""
+    return str(path) in open("/proc/self/maps").read()
+
+
+def test_tensors_are_mapped_from_the_file_and_not_read_into_memory(tmp_path):
+    path = tmp_path / "0000003.pt"
+    write_checkpoint(path, state(3))
+    content = read_checkpoint(path)
+    assert mapped(path) and torch.equal(content["ema"]["model.w"], state(3)["ema"]["model.w"])
+    del content
+    assert not mapped(path)
+
+
+def test_a_file_of_the_oldest_form_is_read_too(tmp_path):
+    torch.save(state(3), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(load_weights(tmp_path / "old.pt")["model.w"], state(3)["ema"]["model.w"])
+
+
 # ------------------------------------------------------------------------------------------------ into another model
 
 def test_misfits_are_listed_by_name_and_skipped_by_flag(tmp_path, capsys):
@@ -263,6 +282,7 @@ def test_network_comes_with_its_config_and_what_its_checkpoint_says(tmp_path):
     raw = load_net(path, "model", None, [], torch.device("cpu"))[0]
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in raw.state_dict().items())
     assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
+    assert not mapped(path)  # the network keeps copies
     half = load_net(path, "ema", None, ["sample.amp=bf16"], torch.device("cpu"))[0]
     assert half.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
 

@@ -138,15 +138,15 @@ def test_state_comes_back():
     other.load_state_dict(stepper.state_dict())
     assert other.state_dict() == stepper.state_dict() and other.scaler.get_scale() == 512
     assert other.scaler.state_dict()["_growth_tracker"] == 1
-    assert other.report(3) == ("", False)  # the run that was resumed has told of its bad steps
+    assert other.report(3) == ""  # the run that was resumed has told of its bad steps
 
 
 def test_each_bad_step_is_reported_once():
     weight, _, stepper = make()
     for factor in (float("nan"), 1.0):
         step(weight, stepper, factor)
-    assert stepper.report(2) == ("1 steps up to step 2 had NaN or Inf losses or gradients and were skipped (1 in all)", False)
-    assert stepper.report(2) == ("", False)
+    assert stepper.report(2) == "1 steps up to step 2 had NaN or Inf losses or gradients and were skipped (1 in all)"
+    assert stepper.report(2) == ""
 
 
 def test_optimizer_is_adamw_of_the_config_over_the_weights_that_are_trained():

@@ -1,8 +1,11 @@
 """A run that is stopped in any way and started again by the same command ends as if it had never been stopped."""
 
 import json
+import os
 import random
 import signal
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -72,12 +75,12 @@ def test_signal_before_the_first_step_stops_in_good_order(runs, tiny_latents, fi
     assert_same_run(tmp_path / "run", finished)
 
 
-# A checkpoint flushes four times: .pt, folder, manifest, folder. Those of step 4 come first, then those of step 8.
+# A checkpoint flushes four times: manifest, folder, .pt, folder. Those of step 4 come first, then those of step 8.
 @pytest.mark.parametrize("crash, code, newest", [
     (("notice in write", 100), EXIT_STOPPED, None), (("notice in sync", 5), EXIT_STOPPED, None), (("notice in sync", 7), EXIT_STOPPED, None),
     (("two notices in write", 100), 128 + signal.SIGTERM, None), (("two notices in sync", 5), 128 + signal.SIGTERM, "0000004"),
     (("stream", 100), -signal.SIGKILL, None), (("sync", 5), -signal.SIGKILL, "0000004"),
-    (("sync", 7), -signal.SIGKILL, "0000008"),  # whole, and only its manifest is missing
+    (("sync", 7), -signal.SIGKILL, "0000004"),  # the manifest is there before the file
 ])
 def test_signal_while_a_checkpoint_is_written(runs, tiny_latents, finished, tmp_path, crash, code, newest):
     """SIGTERM lets the write end and saves the stop after it; a second one, or SIGKILL, leaves half a file that nobody takes up."""
@@ -171,6 +174,35 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(runs, tin
         path.write_bytes(path.read_bytes()[:-1])
     codes, said = runs.start(arguments, tmp_path / "out.txt")
     assert codes == [2] and "are damaged (0000012.pt, 0000008.pt); restore one" in said
+
+
+def train_and_count_hashes(folder, *arguments):
+    """Train in this process and note in folder/RANK.txt which files it has hashed."""
+    import sampling.load
+    import train_latent
+
+    hashed, original = [], sampling.load.file_sha256
+    sampling.load.file_sha256 = lambda path: hashed.append(path.name) or original(path)
+    sys.argv = ["train_latent.py", *arguments]
+    assert not train_latent.main()
+    Path(folder, f"{os.environ['RANK']}.txt").write_text(" ".join(hashed))
+
+
+def test_one_process_verifies_the_checkpoint_for_all_and_all_pass_over_a_damaged_one(runs, tiny_latents, tmp_path):
+    arguments = command_line(tiny_latents, tmp_path)
+    assert runs.start(arguments, tmp_path / "out.txt")[0] == [0]
+    newest = tmp_path / "run" / "checkpoints" / "0000012.pt"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    said = runs.call("test_resume:train_and_count_hashes", [tmp_path, *arguments], tmp_path / "out.txt", processes=2)
+    assert said.count("is passed over: its checksum differs") == 1 and "resuming from" in said and "step 8, 32 images" in said
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["0000012.pt 0000008.pt", ""]
+    tuned = command_line(tiny_latents, tmp_path, log__exp_name="tuned", train__max_num_steps=1)
+    tuned += ["--finetune", "--ckpt_path", str(newest)]
+    runs.call("test_resume:train_and_count_hashes", [tmp_path, *tuned], tmp_path / "out.txt", processes=2)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["0000012.pt", ""]
+    newest.write_bytes(newest.read_bytes()[:-1])
+    codes, said = runs.start([*tuned, "log.exp_name=again"], tmp_path / "out.txt", 2)
+    assert set(codes) <= {1, 2} and said.count(f"checkpoint {newest} is damaged: ") == 1 and "Traceback" not in said
 
 
 def test_bad_data_ends_the_run_after_the_weights_are_safe(runs, tmp_path):

@@ -11,14 +11,15 @@ import pytest
 import torch
 from training_runs import ROOT, command_line, metrics, write_latents
 
-from training import run
-from training.run import claim, differences
+from training import start
+from training.checkpoint import write_checkpoint
+from training.start import claim, differences
 from utils.cli import EXIT_BAD, UserError
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from training.run import claim
+from training.start import claim
 with claim(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
@@ -55,7 +56,7 @@ def test_lock_of_a_killed_process_is_free(holder, tmp_path):
 
 def test_lock_that_its_holder_deletes_meanwhile_is_not_taken_for_one(tmp_path, monkeypatch):
     """Between opening and locking the file, the other job ends: the lock must be on the file that the next job opens."""
-    flock, calls = run.fcntl.flock, []
+    flock, calls = start.fcntl.flock, []
 
     def end_of_the_other_job(file, how):
         if not calls:
@@ -63,7 +64,7 @@ def test_lock_that_its_holder_deletes_meanwhile_is_not_taken_for_one(tmp_path, m
         calls.append(1)
         flock(file, how)
 
-    monkeypatch.setattr(run.fcntl, "flock", end_of_the_other_job)
+    monkeypatch.setattr(start.fcntl, "flock", end_of_the_other_job)
     with claim(tmp_path):
         assert len(calls) == 2 and (tmp_path / "run.lock").exists()
         monkeypatch.undo()
@@ -139,7 +140,7 @@ def test_images_whose_latents_the_model_does_not_take_are_told_before_it_is_made
     arguments = command_line(tmp_path / "images", tmp_path, data__resolution=resolution, vae__path=tiny_vae, model__in_size=16,
                              model__num_classes=1)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    monkeypatch.setattr("models.build_model", lambda **_: pytest.fail("the network was made"))
+    monkeypatch.setattr("training.start.build_model", lambda **_: pytest.fail("the network was made"))
     with pytest.raises(UserError, match=message):
         train.main()
     assert not (tmp_path / "run").exists()
@@ -234,8 +235,7 @@ def test_latents_of_another_scale_are_refused_in_the_same_folder_and_for_fine_tu
     assert codes == [2] and "was trained on latents of another kind (scale 0.5, now 0.18215)" in said and "--accept_data" in said
     assert not (tmp_path / "tuned").exists()
     assert runs.start([*tune, "--accept_data"], tmp_path / "out.txt")[0] == [0]
-    newest.with_suffix(".json").unlink()
-    newest.write_bytes(other.read_bytes())
+    write_checkpoint(newest, torch.load(other, weights_only=True))
     codes, said = runs.start(command_line(tiny_latents, tmp_path, train__max_num_steps=6), tmp_path / "out.txt")
     assert codes == [2] and "run holds a run on latents of another kind (scale 0.5, now 0.18215); choose another log.exp_name" in said
 

@@ -1,23 +1,28 @@
 """Checkpoints: written whole or not at all, found again, deleted when newer ones are there. sampling/load.py reads them.
 
-A checkpoint is NNNNNNN.pt and its manifest NNNNNNN.json (size and sha256), which is written last. The .pt is a dict with `model`,
-`ema` and `opt` as in the published files, and what an exact resume needs besides.
+A checkpoint is NNNNNNN.pt and its manifest NNNNNNN.json (size and sha256), which is there before the .pt takes its name. The .pt is a
+dict with `model`, `ema` and `opt` as in the published files, and what an exact resume needs besides.
 """
 
 import errno
 import hashlib
+import itertools
 import json
 import shutil
-import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from sampling.load import damage, first_line, load_checkpoint, manifest_path
+from sampling.load import damage, first_line, manifest_path
 from utils.cli import UserError
-from utils.files import file_sha256, make_folder, write_whole
+from utils.files import make_folder, write_whole
 from utils.logging import say
+
+ALIGNMENT = 64  # bytes, as torch aligns its own memory
 
 
 def find_latest(folder):
@@ -27,27 +32,14 @@ def find_latest(folder):
     """
     damaged = []
     for path in reversed(_steps_in(folder)):
-        problem = damage(path) if manifest_path(path).is_file() else _adopt(path)
+        problem = damage(path) if manifest_path(path).is_file() else f"it has no manifest ({manifest_path(path).name}) beside it"
         if problem is None:
             return path
         say(f"checkpoint {path} is passed over: {problem}")
         damaged.append(path.name)
     if damaged:
-        raise UserError(f"all checkpoints in {folder} are damaged ({', '.join(damaged)}); restore one with its .json, "
-                        f"or move the folder away to begin at the first step")
-    return None
-
-
-def _adopt(path):
-    """Write the manifest of a checkpoint that was copied without, or whose writer was killed; returns what is wrong, or None."""
-    try:
-        content = load_checkpoint(path)  # reads all of it and checks the CRC of every record
-    except UserError as error:
-        return f"it has no manifest ({manifest_path(path).name}), and {error}"
-    if "stepper" not in content or content.get("step") != int(path.stem):
-        return f"it has no manifest ({manifest_path(path).name}) and is none that a run could go on from; see --ckpt_path"
-    say(f"checkpoint {path} has no manifest; it was read completely, is whole, and gets one")
-    _write_manifest(path, file_sha256(path), content["step"])
+        raise UserError(f"all checkpoints in {folder} are damaged ({', '.join(damaged)}); restore one with its .json, or move the folder "
+                        f"away to begin at the first step, or at one of them by --ckpt_path")
     return None
 
 
@@ -64,8 +56,8 @@ class CheckpointWriter:
 
     def __init__(self, folder, keep_last=3, keep_every=0):
         self.folder, self.keep_last, self.keep_every = Path(folder), keep_last, keep_every
-        self.thread, self.failed = None, False
-        self.host_copies = {}
+        self.pool, self.written = ThreadPoolExecutor(1, "checkpoint"), None
+        self.block, self.release = np.empty(0, np.uint8), lambda: None
 
     def prepare(self, step, num_bytes, num_coming):
         """Make and tidy the folder of a run at `step`. Raises UserError if it cannot hold num_coming more checkpoints of num_bytes."""
@@ -85,51 +77,53 @@ class CheckpointWriter:
     def save(self, step, state):
         """Copy `state` to host memory and write it as checkpoint `step` in the background; waits for the previous one first."""
         self.wait()
-        self.thread = threading.Thread(target=self._write, args=(step, self._copy_to_host(state)), name=f"checkpoint-{step}")
-        self.thread.start()
+        self.written = self.pool.submit(self._write, step, self._copy_to_host(state))
 
     def wait(self):
         """Wait until the last `save` is on disk. True if it is (or there was none), False if it failed, which was said."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
-        return not self.failed
-
-    def newest(self):
-        """Path of the newest finished checkpoint, or None."""
-        self.wait()
-        return next((path for path in reversed(_steps_in(self.folder)) if manifest_path(path).is_file()), None)
+        return self.written is None or self.written.result()
 
     def _copy_to_host(self, state):
-        """The same containers with every tensor copied into a host buffer that is reused by the next save."""
-        copy = self._copy_tree(state, ())
+        """The same containers with every tensor copied into one block of host memory, which the next save uses again."""
+        tensors = []
+        _map_tensors(tensors.append, state)
+        ends = list(itertools.accumulate((tensor.nbytes // ALIGNMENT + 1) * ALIGNMENT for tensor in tensors))
+        if ends and len(self.block) < ends[-1]:
+            self._grow_block(ends[-1], tensors[0].is_cuda)
+        starts = iter([0, *ends])
+
+        def copy(tensor):
+            start = next(starts)
+            if not tensor.nbytes:
+                return tensor.cpu()  # an empty slice begins where the block begins
+            place = torch.from_numpy(self.block[start:start + tensor.nbytes])  # a storage of its own: torch.save writes whole storages
+            return place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+
+        copies = _map_tensors(copy, state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return copy
+        return copies
 
-    def _copy_tree(self, value, place):
-        if isinstance(value, dict):
-            return {key: self._copy_tree(item, (*place, key)) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(self._copy_tree(item, (*place, i)) for i, item in enumerate(value))
-        if not isinstance(value, torch.Tensor):
-            return value
-        buffer = self.host_copies.get(place)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            buffer = self.host_copies[place] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-        return buffer.copy_(value.detach(), non_blocking=True)
+    def _grow_block(self, num_bytes, pinned):
+        """Make another block. torch's pinned memory would round it up to a power of two, so CUDA is told of memory of ours."""
+        self.release()
+        self.block = torch.empty(num_bytes, dtype=torch.uint8).numpy()
+        if pinned:
+            cuda, address = torch.cuda.cudart(), self.block.ctypes.data
+            torch.cuda.check_error(cuda.cudaHostRegister(address, num_bytes, 0))
+            self.release = weakref.finalize(self, cuda.cudaHostUnregister, address)
 
     def _write(self, step, state):
-        path = self.folder / f"{step:07d}.pt"
-        self.failed = True
+        path, written = self.folder / f"{step:07d}.pt", False
         try:
             write_checkpoint(path, state)
-            self.failed = False
+            written = True
             self._delete_old(step)
         except Exception as error:  # nobody above a thread would say it
             reason = "the disk is full" if getattr(error, "errno", None) == errno.ENOSPC else first_line(error)
-            what = f"{path} was not written" if self.failed else f"checkpoints older than {path} were not deleted"
+            what = f"checkpoints older than {path} were not deleted" if written else f"{path} was not written"
             say(f"WARNING: {what}: {reason}; the earlier checkpoints in {self.folder} are whole")
+        return written
 
     def _delete_old(self, step):
         """Delete what is not to be kept. Later steps (damaged) do not count; files without a manifest may be of the published code."""
@@ -145,8 +139,17 @@ class CheckpointWriter:
                 manifest_path(path).unlink()
 
 
+def _map_tensors(function, value):
+    """The same containers with function(tensor) in the place of every tensor."""
+    if isinstance(value, dict):
+        return {key: _map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map_tensors(function, item) for item in value)
+    return function(value) if isinstance(value, torch.Tensor) else value
+
+
 def write_checkpoint(path, state):
-    """Write a .pt and then its manifest."""
+    """Write a .pt and its manifest."""
     path = Path(path)
     with write_whole(path) as temporary:
         with open(temporary, "wb") as stream:
@@ -155,14 +158,13 @@ def write_checkpoint(path, state):
                 torch.save(state, hashing)
             except RuntimeError as error:  # PyTorch's writer buries the disk's error under one of its own
                 raise hashing.error or error
-        manifest_path(path).unlink(missing_ok=True)  # rewriting a step: the old manifest must not vouch for the new file
-    _write_manifest(path, hashing.digest.hexdigest(), state.get("step"))
+        manifest = {"file": path.name, "size": temporary.stat().st_size, "sha256": hashing.digest.hexdigest(), "step": state.get("step"),
+                    "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        _write_manifest(manifest_path(path), manifest)
 
 
-def _write_manifest(path, sha256, step):
-    written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    manifest = {"file": path.name, "size": path.stat().st_size, "sha256": sha256, "step": step, "written": written}
-    with write_whole(manifest_path(path)) as temporary:
+def _write_manifest(path, manifest):
+    with write_whole(path) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1))
 
 

@@ -1,26 +1,37 @@
 """Exponential moving average of the weights."""
 
+import contextlib
 import copy
 
 import torch
+
+from utils import distributed
 
 
 class EMA:
     """`ema.net` is a frozen copy of `net` whose weights follow it: w_ema <- decay * w_ema + (1 - decay) * w.
 
-    Every tensor keeps its type. Buffers, and what has no fractions (integers), are copied.
+    Every tensor keeps its type. Buffers, and what has no fractions (integers), are copied. owners: see training/shard.py; a process
+    follows its own weights and those that nobody owns, and `ema.net` has the rest of its weights only inside `whole`.
     """
 
-    def __init__(self, net, decay):
-        self.decay = decay
+    def __init__(self, net, decay, owners=None):
+        self.decay, owners, rank = decay, owners or {}, distributed.rank()
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
         self.averages, self.sources, self.copies, self.originals = [], [], [], []
+        self.owners, self.elsewhere = {}, []
         for average, source in zip(self.net.parameters(), net.parameters()):
+            if source in owners:
+                self.owners[average] = owners[source]
+            if owners.get(source, rank) != rank:
+                self.elsewhere.append((average, source))
+                continue
             averaged = source.is_floating_point()
             (self.averages if averaged else self.copies).append(average)
             (self.sources if averaged else self.originals).append(source)
         self.copies += self.net.buffers()
         self.originals += net.buffers()
+        self._free()
 
     @torch.no_grad()
     def update(self):
@@ -28,3 +39,16 @@ class EMA:
         torch._foreach_lerp_(self.averages, self.sources, 1.0 - self.decay)
         for copied, original in zip(self.copies, self.originals):
             copied.copy_(original)
+
+    @contextlib.contextmanager
+    def whole(self):
+        """`ema.net` with all its weights, those that other processes own among them. Collective."""
+        for average, source in self.elsewhere:
+            average.data = torch.empty_like(source)
+        distributed.share(self.owners)
+        yield self.net
+        self._free()
+
+    def _free(self):
+        for average, _ in self.elsewhere:
+            average.data = average.new_empty(0)

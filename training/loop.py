@@ -17,14 +17,13 @@ from models import LOSSES, drop_labels
 from models.masking import count_kept
 from training.checkpoint import CheckpointWriter
 from training.ema import EMA
-from training.optim import Stepper, learning_rate, load_optimizer_state, make_optimizer, mask_ratio
+from training.optim import STEADIER, Stepper, learning_rate, load_optimizer_state, make_optimizer, mask_ratio
+from training.shard import divide, gather, share_steps
 from utils import distributed
 from utils.cli import EXIT_BAD, EXIT_OTHER_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from utils.config import to_dict
 from utils.logging import Progress, RunLog
 from utils.precision import autocast, compile_options, effective_amp, run_uncompiled, use_compile
-
-STEADIER = "Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)"
 
 
 class TrainState:
@@ -38,12 +37,15 @@ class TrainState:
     def __init__(self, net, config, device, class_names=None, latents=None):
         train = config.train
         self.net, self.config, self.device, self.class_names, self.latents = net, config, device, class_names, latents or {}
-        self.ema = EMA(net, train.ema_decay)
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.owners = divide(net, self.world_size) if train.shard and self.world_size > 1 else {}
+        self.ema = EMA(net, train.ema_decay, self.owners)
         self.optimizer = make_optimizer(net, train)
+        if self.owners:
+            share_steps(self.optimizer, self.owners)
         self.stepper = Stepper(self.optimizer, train.amp, device, train.grad_clip, train.max_bad_steps)
         self.amp, self.autocast = effective_amp(train.amp, device), autocast(train.amp, device)
         self.compiled = use_compile(train.compile, device)
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.step = self.images_seen = self.start_step = self.start_images = 0
         self.measured, self.sums = [], torch.zeros(0, dtype=torch.float64, device=device)
         self.log_position = None
@@ -54,7 +56,10 @@ class TrainState:
 
     def state_dict(self, log_position=0):
         """The checkpoint: the published keys `model`, `ema`, `opt`, then what an exact resume needs besides. Collective."""
-        return {"model": self.net.state_dict(), "ema": self.ema.net.state_dict(), "opt": self.optimizer.state_dict(),
+        ema, opt = self.ema.net.state_dict(), self.optimizer.state_dict()
+        if self.owners:
+            ema, opt = gather(ema, opt, self.net, self.owners)
+        return {"model": self.net.state_dict(), "ema": ema, "opt": opt,
                 "step": self.step, "images_seen": self.images_seen,
                 "start_step": self.start_step, "start_images": self.start_images,
                 "stepper": self.stepper.state_dict(), "log_position": log_position,
@@ -65,7 +70,8 @@ class TrainState:
     def resume(self, checkpoint):
         """Become the run that wrote `checkpoint` (a dict of this class's making)."""
         self.net.load_state_dict(checkpoint["model"])
-        self.ema.net.load_state_dict(checkpoint["ema"])
+        with self.ema.whole() as ema:
+            ema.load_state_dict(checkpoint["ema"])
         load_optimizer_state(self.optimizer, checkpoint["opt"])
         self.stepper.load_state_dict(checkpoint["stepper"])
         self.step, self.images_seen = checkpoint["step"], checkpoint["images_seen"]
@@ -183,8 +189,8 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
                 last = state.step == end_step
 
                 # log
-                if state.step % check_every == 0 or last:
-                    check_bad_steps(state, log, writer)
+                if (state.step % check_every == 0 or last) and (warning := state.stepper.report(state.step)):
+                    log.say(f"WARNING: {warning}")
                 if state.step % due.log_every == 0 or last:
                     rate = (state.step - logged_step) * train.batchsize * state.world_size / (time.monotonic() - training_since)
                     values = measure(state, ratio, rate)
@@ -238,7 +244,8 @@ def prepare_model(state, loss, log):
     counts = sorted({first, near, last}) if train.mask_ratio_varies else [first]
 
     def rehearse(model):
-        moments = not state.optimizer.state and [torch.empty_like(p) for p in net.parameters() if p.requires_grad for _ in range(2)]
+        own = [p for p in net.parameters() if p.requires_grad and state.owners.get(p, state.rank) == state.rank]
+        moments = not state.optimizer.state and [torch.empty_like(p) for p in own for _ in range(2)]
         for count in counts:
             ratio = max(0.0, 1 - (count + 0.5) / net.num_tokens)
             with state.autocast:
@@ -268,16 +275,6 @@ def prepare_model(state, loss, log):
     if model is not net or len(counts) > 1:
         rehearse(model)
     return model
-
-
-def check_bad_steps(state, log, writer):
-    """Warn of skipped steps; end the run when there were too many in a row, or when fp16's loss scale has collapsed."""
-    text, hopeless = state.stepper.report(state.step)
-    if hopeless:
-        newest = distributed.broadcast_object(writer.newest() if writer is not None else None)
-        raise UserError(f"{text}. Last good checkpoint: {newest or 'none yet'}. {STEADIER}")
-    if text:
-        log.say(f"WARNING: {text}")
 
 
 def measure(state, ratio, images_per_s):
@@ -322,9 +319,11 @@ def look(state, log, sample_grid, evaluate):
         return every and (state.step % every == 0 or state.step == state.end_step)
 
     if evaluate is not None and is_due(state.config.eval.every):
-        log.metrics(state.step, evaluate(state.ema.net, state.step))
+        with state.ema.whole() as net:
+            log.metrics(state.step, evaluate(net, state.step))
     if sample_grid is not None and is_due(state.config.log.sample_every):
-        picture = sample_grid(state.ema.net, state.step) if distributed.is_main() else None
+        with state.ema.whole() as net:
+            picture = sample_grid(net, state.step) if distributed.is_main() else None
         if picture is not None:
             log.picture(state.step, "samples", picture)
         distributed.barrier()

@@ -8,7 +8,7 @@ from sampling.load import strip_prefixes
 from utils.cli import UserError
 from utils.precision import effective_amp
 
-MIN_LOSS_SCALE = 1.0  # below it fp16 gradients vanish instead of overflowing
+STEADIER = "Try a lower train.lr, train.grad_clip=1, or train.amp=bf16 (or no)"
 
 
 def make_optimizer(net, train):
@@ -90,19 +90,16 @@ class Stepper:
         return torch.where(bad, torch.nan, norm)
 
     def report(self, step):
-        """What there is to say about bad steps by `step`: (text, whether the run cannot go on); ("", False) if nothing is new."""
+        """A warning if there were bad steps since the last call, else "". Raises UserError if the run is past hope by `step`."""
         in_a_row, total = self.bad_steps.tolist()
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else None
-        scale_text = "" if scale is None else f", loss scale {scale:g}"
+        new, self.reported = total - self.reported, total
+        scale = f", loss scale {self.scaler.get_scale():g}" if self.scaler.is_enabled() else ""
         if in_a_row > self.max_bad_steps:
             first = step - in_a_row + 1
-            return f"steps {first} to {first + self.max_bad_steps} all had NaN or Inf losses or gradients{scale_text}", True
-        if scale is not None and scale < MIN_LOSS_SCALE:
-            return f"fp16's loss scale has fallen to {scale:g} by step {step}, after {total} skipped steps", True
-        new, self.reported = total - self.reported, total
-        if not new:
-            return "", False
-        return f"{new} steps up to step {step} had NaN or Inf losses or gradients and were skipped ({total} in all{scale_text})", False
+            raise UserError(f"steps {first} to {first + self.max_bad_steps} all had NaN or Inf losses or gradients{scale}. {STEADIER}")
+        if self.scaler.get_scale() < 1:  # gradients vanish below it, instead of overflowing; it is 1 without a scaler
+            raise UserError(f"fp16's loss scale has fallen below 1 by step {step}, after {total} skipped steps. {STEADIER}")
+        return f"{new} steps up to step {step} had NaN or Inf losses or gradients and were skipped ({total} in all{scale})" if new else ""
 
     def state_dict(self):
         return {"scaler": self.scaler.state_dict(), "bad_steps": self.bad_steps.tolist()}
@@ -117,6 +114,9 @@ class Stepper:
 def load_optimizer_state(optimizer, saved):
     """Take the moments from a state dict of the same optimizer; its settings stay those of the config."""
     optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
+    for moments in optimizer.state.values():
+        for name, value in moments.items():
+            moments[name] = value.clone()  # on a CPU it was still the file's
 
 
 def load_moments_by_name(optimizer, net, checkpoint, path):

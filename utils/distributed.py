@@ -129,6 +129,28 @@ def broadcast_module(module):
             dist.broadcast(tensor.detach(), src=0)
 
 
+def share(owners):
+    """Give every process the tensors that others have, in place. owners: {tensor: rank of the process that has it}."""
+    for owner in sorted(set(owners.values())):
+        theirs = [tensor.detach() for tensor in owners if owners[tensor] == owner]
+        joined = torch.cat([tensor.flatten() for tensor in theirs])  # one message, not one for each
+        dist.broadcast(joined, src=owner)
+        parts = joined.split([tensor.numel() for tensor in theirs])
+        torch._foreach_copy_(theirs, [part.view_as(tensor) for part, tensor in zip(parts, theirs)])
+
+
+def collect(tensors):
+    """The {key: tensor} of all processes in one dict on rank 0, those of others on its CPU. One by one: that takes little memory."""
+    found, kinds = dict(tensors), {key: (value.shape, value.dtype, value.device.type) for key, value in tensors.items()}
+    for owner, theirs in enumerate(all_gather_object(kinds)):
+        for key, (shape, dtype, device_type) in theirs.items():
+            value = tensors[key] if owner == rank() else torch.empty(shape, dtype=dtype, device=device_type)
+            dist.broadcast(value, src=owner)
+            if is_main() and owner:
+                found[key] = value.cpu()
+    return found
+
+
 def data_parallel(net, static_graph=False):
     """Make gradients means over all processes. static_graph: each step has one backward pass, always over the same parameters."""
     if world_size() == 1:

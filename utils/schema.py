@@ -74,6 +74,7 @@ class TrainConfig:
     compile: Literal["auto", True, False] = "auto"  # torch.compile, block by block; auto: on GPUs where it is possible, never on a CPU
     deterministic: bool = True  # deterministic GPU kernels, which bit-exact resume needs
     activation_checkpointing: bool = False  # less memory, a third more compute
+    shard: bool = False  # divide the optimizer's state and the average among the processes: less memory, the same numbers
     mask_ratio: float = number(0.5, at_least=0, below=1)  # share of the patches that the encoder does not see, at the start
     mask_ratio_min: float = number(0.0, at_least=0, below=1)  # the share that falling schedules end at
     mask_ratio_fn: Literal[MASK_SCHEDULES + SHORT_NAMES] = "constant"
