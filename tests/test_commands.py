@@ -137,7 +137,7 @@ def test_generate_refuses_bad_input_in_one_line(arguments, message):
     (["--ckpt_pth", "x.pt"], "is not understood; see --help"),
     (["sample.num_steps=["], "sample.num_steps=[ cannot be read as YAML"),
     ([f"train.seed={2**64}"], "must be at least 0 and below 18446744073709551616"),
-    (["--num_process_per_node", "2", "--master_port", "99999999"], "--master_port 99999999"),
+    (["--num_process_per_node", "-2"], "--num_process_per_node -2: wanted 1 to 4096"),
 ])
 def test_training_refuses_bad_input_in_one_line(arguments, message, tmp_path):
     done = run_script("train_latent.py", "--config", "configs/train/maskdit-latent-imagenet.yaml", f"log.results_dir={tmp_path}",

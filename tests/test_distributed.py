@@ -263,15 +263,27 @@ def test_launcher_returns_the_first_exit_code_and_adds_only_who_was_killed(tmp_p
     assert "elastic" not in said and "ChildFailedError" not in said and (task == "bug" or len(said.splitlines()) == len(wanted))
 
 
-@pytest.mark.parametrize("wrong, said", [
-    ({"num_processes": 0}, "--num_process_per_node 0: wanted 1 to"), ({"num_processes": -2}, "--num_process_per_node -2"),
-    ({"master_port": 99999999}, "--master_port 99999999: wanted 0 to 65535"), ({"master_port": -1}, "--master_port -1"),
-    ({"num_nodes": 2}, "--master_port 0: wanted 1 to 65535"),
-    ({"num_nodes": 2, "node_rank": 2, "master_port": 1}, "--node_rank 2: wanted 0 to 1"), ({"num_nodes": 0}, "--num_nodes 0")])
-def test_numbers_that_cannot_be_are_told_before_anything_starts(monkeypatch, wrong, said):
+@pytest.mark.parametrize("number", [0, -2, 5000])
+def test_numbers_of_processes_that_cannot_be_are_told_before_anything_starts(monkeypatch, number):
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UserError, match=said):
-        distributed.launch("nothing.py", [], **{"num_processes": 2, **wrong})
+    with pytest.raises(UserError, match=f"--num_process_per_node {number}: wanted 1 to 4096"):
+        distributed.launch("nothing.py", [], number)
+
+
+@pytest.mark.parametrize("gpus, wanted", [(0, {"gloo": 7}), (1, {"cpu:gloo,cuda:nccl": 14, "gloo for flags": 7})])
+def test_gloo_gives_up_after_the_time_out_and_nccl_later(monkeypatch, gpus, wanted):
+    """A time-out of NCCL kills the process, so gloo has to raise its error before."""
+    found = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(distributed, "rendezvous", lambda url: iter([(torch.distributed.HashStore(), 0, 1)]))
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda backend, timeout, **_: found.update({backend: timeout.seconds}))
+    monkeypatch.setattr(distributed.dist, "new_group", lambda backend, timeout: found.update({f"{backend} for flags": timeout.seconds}))
+    distributed.init(timeout_s=7)
+    distributed.shutdown()
+    assert found == wanted
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])

@@ -14,11 +14,7 @@ def parse_arguments(description, argv=None):
     parser = argparse.ArgumentParser(description=description, epilog="Any key of the config can be given as key=value, as in train.lr=5e-5 "
                                      "log.exp_name=mine. Starting the same command again goes on with a run that was stopped.")
     parser.add_argument("--config", required=True, help="YAML file with the run's settings")
-    parser.add_argument("--num_process_per_node", type=int, help="start this many processes, one per GPU; not under torchrun")
-    parser.add_argument("--num_nodes", type=int, default=1, help="nodes in all, with --num_process_per_node (default 1)")
-    parser.add_argument("--node_rank", type=int, default=0, help="index of this node, with --num_nodes")
-    parser.add_argument("--master_address", default="127.0.0.1", help="address of node 0, with --num_nodes")
-    parser.add_argument("--master_port", type=int, default=0, help="port of node 0, with --num_nodes")
+    parser.add_argument("--num_process_per_node", type=int, help="start this many processes, one per GPU; on several nodes use torchrun")
     parser.add_argument("--ckpt_path", help="checkpoint to start from, ours or a published one")
     parser.add_argument("--finetune", action="store_true", help="start a new run on other data from the weights of --ckpt_path: "
                         "classes are the data's, weights of another shape start fresh, positions are interpolated")
@@ -70,8 +66,7 @@ def train(description, example, open_dataset, make_encode):
     if args.num_process_per_node is not None and "RANK" not in os.environ:
         from utils.distributed import launch
 
-        return launch(sys.argv[0], sys.argv[1:], args.num_process_per_node, args.num_nodes, args.node_rank,
-                      args.master_address, args.master_port)
+        return launch(sys.argv[0], sys.argv[1:], args.num_process_per_node)
     with StopNotice() as notice:  # before the slow imports: a run that is asked to stop meanwhile stops before the first step
         from training.start import train_in
         from utils import distributed

@@ -199,26 +199,22 @@ def explain_loss(error):
 
 # ------------------------------------------------------------------------------------------------ starting processes
 
-def launch(script, argv, num_processes, num_nodes=1, node_rank=0, master_address="127.0.0.1", master_port=0):
-    """Run `script argv` in `num_processes` processes on this node, as torchrun does; returns the exit code.
+def launch(script, argv, num_processes):
+    """Run `script argv` in `num_processes` processes on this machine, as torchrun does; returns the exit code.
 
     Returns None if num_processes is None or this process is one that was started. The first process that fails ends all of them, and
     its exit code is returned (128 + the signal if one killed it). SIGTERM, SIGINT, SIGHUP and SIGUSR1 (SLURM's notice) reach the
-    processes as SIGTERM, and they end in their own time. master_port: the same on every node; on one node 0 takes a free one.
+    processes as SIGTERM, and they end in their own time.
     """
     if num_processes is None or "RANK" in os.environ:
         return None
-    limits = {"--num_process_per_node": (num_processes, 1, 4096), "--num_nodes": (num_nodes, 1, 65535),
-              "--node_rank": (node_rank, 0, num_nodes - 1), "--master_port": (master_port, int(num_nodes > 1), 65535)}
-    for option, (number, low, high) in limits.items():
-        if not low <= number <= high:
-            raise UserError(f"{option} {number}: wanted {low} to {high}")
+    if not 1 <= num_processes <= 4096:
+        raise UserError(f"--num_process_per_node {num_processes}: wanted 1 to 4096")
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    meet = ([f"--node-rank={node_rank}", f"--master-addr={master_address}", f"--master-port={master_port}"] if num_nodes > 1 else
-            ["--rdzv-backend=c10d", f"--rdzv-endpoint={master_address}:{master_port}"])
-    arguments = torchrun.parse_args([f"--nnodes={num_nodes}", f"--nproc-per-node={num_processes}", *meet, str(script), *argv])
+    meet = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"]  # on a free port
+    arguments = torchrun.parse_args([*meet, f"--nproc-per-node={num_processes}", str(script), *argv])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_processes)))
     logging.disable(logging.ERROR)  # torchrun's red lines: the process that failed has said why, or we do below
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
