@@ -47,11 +47,6 @@ def run(main):
         code = 130
     except Exception as error:
         code = _report(error)
-        if code is None and "RANK" not in os.environ:
-            raise
-        if code is None:
-            traceback.print_exc()
-            code = EXIT_OTHER_FAILED
     if "RANK" in os.environ:  # PyTorch's threads sometimes abort while Python shuts down, and the exit code would be lost
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,33 +55,30 @@ def run(main):
 
 
 def _report(error):
-    """Print what `error` means for the user, and note it for the other processes; returns the exit code, None for a bug."""
+    """Print what `error` means for the user, and note it for the other processes; returns the exit code."""
     distributed = sys.modules.get("utils.distributed")
-    several = distributed is not None and distributed.world_size() > 1
-    if several:
-        lost = distributed.explain_loss(error)
-        if lost is not None:
-            print(f"rank {distributed.rank()} {lost}", file=sys.stderr, flush=True)
-            return EXIT_OTHER_FAILED
-    first = not several or distributed.note_failure(f"{type(error).__name__}: {error}")
+    connected = distributed is not None and distributed.world_size() > 1
+    if connected and (lost := distributed.explain_loss(error)):
+        print(f"rank {distributed.rank()} {lost}", file=sys.stderr, flush=True)
+        return EXIT_OTHER_FAILED
+    if connected:
+        speaks = distributed.note_failure(f"{type(error).__name__}: {error}")  # what all processes find is told once
+    else:
+        speaks = int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0  # all find the same
     if not isinstance(error, UserError) or os.environ.get("MASKDIT_DEBUG"):
-        return None
-    text = " ".join(str(error).splitlines())
-    if several and first:  # what all processes find is told once
-        print(f"error on rank {distributed.rank()}: {text}", file=sys.stderr, flush=True)
-    elif not several and int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", 0))) == 0:  # not connected yet, so all find the same
-        print(f"error: {text}", file=sys.stderr, flush=True)
-    elif not several:
+        traceback.print_exception(error)
+        return EXIT_OTHER_FAILED
+    if speaks:
+        where = f" on rank {distributed.rank()}" if connected else ""
+        print(f"error{where}: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+    elif not connected:
         time.sleep(WAIT_FOR_FIRST_S)  # the launcher ends all processes when the first one ends, which must be the one that speaks
     return EXIT_USER_ERROR
 
 
 def str_to_bool(text):
-    """argparse type for flags that take a word, as in `--use_ckpt_path False`."""
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in words:
-        raise ValueError(text)
-    return words[text.lower()]
+    """argparse type for flags that take True or False, as in `--use_ckpt_path False`."""
+    return bool(("false", "true").index(text.lower()))
 
 
 class StopNotice:
