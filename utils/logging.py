@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 import time
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -39,13 +38,8 @@ class Progress(tqdm):
         super().__init__(desc=desc, total=total, initial=initial, miniters=0, smoothing=0, dynamic_ncols=not self.plain,
                          disable=not distributed.is_main() or (self.plain and every_s is None), **style)
 
-    @property
-    def format_dict(self):
-        shown = super().format_dict
-        return shown | {"n": int(shown["n"] + 1e-6)}  # sums of parts of a unit end a rounding error below
-
     def update(self, count=1, note=""):
-        """Report `count` more units done (parts of a unit add up); `note` is shown beside the numbers."""
+        """Report `count` more units done; `note` is shown beside the numbers."""
         self.set_postfix_str(note, refresh=False)
         super().update(count)
 
@@ -74,7 +68,6 @@ class RunLog:
         self.metrics_file = self.text_file = self.board = self.wandb = None
         if not distributed.is_main():
             return
-        folder = Path(folder)
         self.text_file = open(folder / "log.txt", "a", buffering=1)
         self.metrics_file = open(folder / "metrics.jsonl", "a+b", buffering=0)
         last_step = self._cut(position or 0)
@@ -88,16 +81,14 @@ class RunLog:
     def _cut(self, position):
         """Cut metrics.jsonl to `position` bytes and whole lines; returns the last step in it (0: none)."""
         self.metrics_file.seek(0)
-        lines = self.metrics_file.read(position).splitlines(keepends=True)
-        if lines and not lines[-1].endswith(b"\n"):
-            lines.pop()
-        whole = sum(map(len, lines))
-        if whole < position:
-            self.say(f"WARNING: {self.metrics_file.name} had {position} bytes at the checkpoint, but only {whole} are left; "
+        whole, newline, _ = self.metrics_file.read(position).rpartition(b"\n")
+        whole += newline
+        if len(whole) < position:
+            self.say(f"WARNING: {self.metrics_file.name} had {position} bytes at the checkpoint, but only {len(whole)} are left; "
                      f"the lines between are lost")
-        self.metrics_file.truncate(whole)
+        self.metrics_file.truncate(len(whole))
         self.metrics_file.seek(0, os.SEEK_END)
-        return json.loads(lines[-1])["step"] if lines else 0
+        return json.loads(whole.splitlines()[-1])["step"] if whole else 0
 
     @property
     def position(self):
@@ -117,9 +108,8 @@ class RunLog:
         """One line of metrics.jsonl (`step` first), and the same numbers to TensorBoard and wandb. NaN and Inf become null."""
         if self.metrics_file is None:
             return
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
-        self.metrics_file.write((json.dumps({"step": step, **finite}, allow_nan=False) + "\n").encode())
-        numbers = {key: value for key, value in finite.items() if isinstance(value, (int, float))}
+        numbers = {key: value for key, value in values.items() if value is not None and math.isfinite(value)}
+        self.metrics_file.write((json.dumps({"step": step} | dict.fromkeys(values) | numbers) + "\n").encode())
         if self.board is not None:
             for key, value in numbers.items():
                 self.board.add_scalar(key, value, step)
