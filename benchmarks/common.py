@@ -1,7 +1,6 @@
 """What the benchmarks share: arms that take turns, clocks, memory, tables and JSON files."""
 
 import argparse
-import gc
 import itertools
 import json
 import os
@@ -24,18 +23,19 @@ def make_parser(text, rounds=None, settings=False, arms=()):
     """An argument parser with what all benchmarks take.
 
     rounds: their default number, None for what measures nothing. settings: with keys of the config. arms: those of a comparison of
-    networks; its cases are the products of the lists.
+    networks, which is made for one size, precision and batch.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     if rounds is not None:
         add_round_arguments(parser, rounds)
+        parser.add_argument("--device", help="as cpu or cuda:1 (default: the GPU if there is one)")
     if settings:
         parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="more settings, as model.in_size=64")
+        parser.add_argument("--size", default="S/2", help="of the paper's table, as S/2 B/2 XL/2 (default %(default)s)")
+        parser.add_argument("--batchsize", type=int, default=8, help="images at once (default %(default)s)")
     if arms:
         parser.add_argument("--arms", nargs="+", default=arms[:3], choices=arms, help="default: the first three")
-        parser.add_argument("--sizes", nargs="+", default=["S/2"], help="of the paper's table, as S/2 B/2 XL/2")
-        parser.add_argument("--amp", nargs="+", default=["bf16"], choices=("no", "bf16", "fp16"))
-        parser.add_argument("--batchsize", nargs="+", type=int, default=[8])
+        parser.add_argument("--amp", default="bf16", choices=("no", "bf16", "fp16"))
     parser.add_argument("--json", type=Path, help="file to write the numbers to")
     return parser
 
@@ -46,8 +46,11 @@ def add_round_arguments(parser, rounds):
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
 
 
-def start(args, tf32=True, deterministic=False):
-    """Check the arguments of make_parser, make the folder of --json, set the process-wide switches, and return the device to measure on."""
+def start(args, tf32=True, deterministic=True, compiled=False):
+    """Check the arguments of make_parser, make the folder of --json, set the process-wide switches, and return the device to measure on.
+
+    The switches are those of training by default, see utils.precision.setup_backends.
+    """
     for name, smallest in (("rounds", 1), ("warmup", 0), ("threads", 1)):
         if getattr(args, name, smallest) < smallest:
             raise UserError(f"--{name} {getattr(args, name)}: wanted {smallest} or more")
@@ -59,9 +62,13 @@ def start(args, tf32=True, deterministic=False):
     from utils import distributed
     from utils.precision import setup_backends
 
-    torch.set_num_threads(getattr(args, "threads", 1))
-    setup_backends(tf32, deterministic)
-    return distributed.device()
+    wanted = getattr(args, "device", None)
+    if wanted and not re.fullmatch(r"cpu|cuda(:\d+)?", wanted) or "cuda" in (wanted or "") and not torch.cuda.is_available():
+        raise UserError(f"--device {wanted}: wanted cpu or, where there are GPUs, cuda or cuda:NUMBER")
+    if hasattr(args, "threads"):
+        torch.set_num_threads(args.threads)
+    setup_backends(tf32, deterministic, compiled)
+    return torch.device(wanted) if wanted else distributed.device()
 
 
 # ---- time and memory
@@ -147,38 +154,29 @@ def gemm_arm(device, amp):
     return lambda: a @ b, 2 * size**3
 
 
-def measure_cases(args, device, cases, config_of, make_arm, flops_of, columns):
-    """Measure all arms and a matrix product in turn, case after case; print and write a row for each case and arm.
+def compare(args, device, configs, about, make_arm, flops_of, columns):
+    """Measure the arms of {arm: Config} and a matrix product in turn; print and write a row for each arm.
 
-    cases: dicts with at least model, amp and batch. config_of(args, case, arm) -> Config. make_arm(config, arm, device) -> function
-    without arguments. flops_of(config): FLOPs of one image.
+    about: what all rows begin with. make_arm(config, arm, device) -> function without arguments. flops_of(config): FLOPs of one image.
     """
-    import torch
-
     from utils.config import to_dict
 
-    configs = [{arm: config_of(args, case, arm) for arm in args.arms} for case in cases]  # wrong values are told before any work
-    rows = []
-    for case, by_arm in zip(cases, configs):
-        gc.collect()  # the networks of the last case refer to themselves, and this case may need their memory
-        torch.compiler.reset()  # the graphs of the last case count towards a limit, beyond which nothing is compiled
-        product, product_flops = gemm_arm(device, case["amp"])
-        calls, weights_bytes = {}, {}
-        for arm, config in by_arm.items():
-            calls[arm], _, weights_bytes[arm] = watch_memory(lambda: make_arm(config, arm, device), device)
-        measured = alternate(calls | {"peak": product}, args, device, memory=True)
-        peak, found = product_flops / min(measured["peak"]["seconds"]), []
-        for arm, config in by_arm.items():
-            entry, seconds = measured[arm], statistics.median(measured[arm]["seconds"])
-            rate = case["batch"] * flops_of(config) / seconds
-            masked = {"masked": config.train.mask_ratio} if "masked" in case else {}  # some arms mask nothing
-            found.append(case | masked | {
-                "arm": arm, "ms": spread(entry["seconds"], 1000), "img/s": case["batch"] / seconds, "TFLOP/s": rate / 1e12,
-                "of peak": rate / peak, "x plain": speedup(measured, "plain", arm) if "plain" in calls and arm != "plain" else None,
-                "GB": entry["peak_bytes"] and (entry["peak_bytes"] + weights_bytes[arm]) / 1e9, "first s": entry["first_s"],
-                "peak TFLOP/s": peak / 1e12, "config": {key: to_dict(config)[key] for key in ("model", "train", "sample")}})
-        rows += found
-        report(args, device, found, columns, rows=rows)
+    product, product_flops = gemm_arm(device, args.amp)
+    calls, weights_bytes, rows = {}, {}, []
+    for arm, config in configs.items():
+        calls[arm], _, weights_bytes[arm] = watch_memory(lambda: make_arm(config, arm, device), device)
+    measured = alternate(calls | {"peak": product}, args, device, memory=True)
+    peak = product_flops / min(measured["peak"]["seconds"])
+    for arm, config in configs.items():
+        entry, images_per_s = measured[arm], args.batchsize / statistics.median(measured[arm]["seconds"])
+        rate = images_per_s * flops_of(config)
+        masked = {"masked": config.train.mask_ratio} if "masked" in about else {}  # some arms mask nothing
+        rows.append(about | masked | {
+            "arm": arm, "ms": spread(entry["seconds"], 1000), "img/s": images_per_s, "TFLOP/s": rate / 1e12, "of peak": rate / peak,
+            "x plain": speedup(measured, "plain", arm) if "plain" in calls and arm != "plain" else None,
+            "GB": entry["peak_bytes"] and (entry["peak_bytes"] + weights_bytes[arm]) / 1e9, "first s": entry["first_s"],
+            "peak TFLOP/s": peak / 1e12, "config": {key: to_dict(config)[key] for key in ("model", "train", "sample")}})
+    report(args, device, rows, columns)
 
 
 # ---- reports
@@ -211,19 +209,31 @@ def device_name(device):
 
 
 def report(args, device, found, columns, **content):
-    """Print rows as a table with the keys `columns`, and write args.json: the rows, or `rows` where the content has it."""
+    """Print rows as a table with the keys `columns`, and write args.json: the rows, and the content besides."""
     cells = [list(columns)] + [["" if row.get(key) is None else _text(row[key]) for key in columns] for row in found]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in [cells[0], ["-" * width for width in widths], *cells[1:]]:
         print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |", flush=True)
     if args.json is not None:
-        write_json(args.json, device, **{"rows": found} | content)
+        write_json(args.json, device, rows=found, **content)
 
 
 def _text(value):
     if isinstance(value, dict):  # a spread
         return f"{value['median']:.3g} ({value['lowest']:.3g}-{value['highest']:.3g})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def random_inception(path):
+    """A file of random Inception weights that keep the size of activations; returns its path."""
+    import torch
+
+    from fid.inception import make_network
+
+    tensors = {name: tensor.shape for name, tensor in make_network().state_dict().items() if not name.endswith("num_batches_tracked")}
+    torch.save({name: torch.randn(shape) * (2 / shape[1:].numel()) ** 0.5 if len(shape) > 1
+                else torch.full(shape, float(name.endswith(("bn.weight", "bn.running_var")))) for name, shape in tensors.items()}, path)
+    return path
 
 
 def write_random_latents(folder, samples, shape, dtype, num_classes):

@@ -16,6 +16,7 @@ from utils.config import load_config
 # H100 SXM5, H200 SXM5, L40S) and architecture papers (Ada for the 4090, Ampere GA102 for the 3090).
 GPUS = {"a100": (312, 156, 80), "h100": (989, 494.5, 80), "h200": (989, 494.5, 141), "l40s": (362, 183, 48), "4090": (165, 82.6, 24),
         "3090": (71, 35.6, 24)}
+UTILISATION = 0.35       # share of the peak that a step reaches: see above
 STATE_BYTES = 4 + 8 + 4  # per weight: itself, AdamW's two moments, EMA
 GRADIENT_BYTES = 4       # per weight
 CONTEXT_GB = 1.0         # CUDA context, cuBLAS workspace, fragmentation
@@ -29,7 +30,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--config", help="YAML file of a training run (default: the defaults, XL/2 half masked)")
     parser.add_argument("--gpu", default="h100", help=f"one or several of {','.join(GPUS)} (default h100)")
     parser.add_argument("--gpus", default="8", help="how many in all, one or several numbers, as in 8,64 (default 8)")
-    parser.add_argument("--utilisation", type=float, default=0.35, help="share of the peak that a step reaches (default 0.35: see above)")
+    parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of the peak (default %(default)s: see above)")
     parser.add_argument("--price", type=float, default=2.0, help="dollars per GPU and hour (default 2, an assumption: give your own)")
     args, overrides = parser.parse_known_args(argv)
     for name in args.gpu.split(","):

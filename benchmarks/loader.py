@@ -3,7 +3,8 @@
     python -m benchmarks.loader --json benchmarks/results/loader.json
 
 The published way is LMDB, one float32 sample at a time, one-hot float labels, collated by DataLoader. Ours is dataset.stream: batched
-reads of memory-mapped shards in one thread, as training does by default, and integer labels. The arms take turns, epoch by epoch.
+reads of memory-mapped shards in one thread, as training does by default, and integer labels; batches go to the GPU if there is one. The
+arms take turns, epoch by epoch.
 """
 
 import itertools
@@ -53,7 +54,7 @@ class PublishedWay:
         return moments, one_hot
 
 
-def make_arms(folder, samples):
+def make_arms(folder, samples, device):
     """{name: function that gives an iterator over an epoch's batches}."""
     from torch.utils.data import DataLoader
 
@@ -61,7 +62,7 @@ def make_arms(folder, samples):
     from dataset.stream import BatchStream, stream_indices
 
     def ours(dtype):
-        with BatchStream(open_latents(folder / dtype), BATCH, seed=0) as stream:
+        with BatchStream(open_latents(folder / dtype), BATCH, seed=0, device=device) as stream:
             yield from itertools.islice(stream, samples // BATCH)
 
     published, order = PublishedWay(folder / "lmdb"), stream_indices(samples, 0, 0, samples).tolist()
@@ -80,18 +81,16 @@ def rate(batches):
 
 def main():
     args = parse_arguments()
-    start(args)
-    import torch
-
+    device = start(args)
     with tempfile.TemporaryDirectory() as folder:
         write_sets(Path(folder), args.samples)
-        arms = make_arms(Path(folder), args.samples)
+        arms = make_arms(Path(folder), args.samples, device)
         rates = {name: [] for name in arms}
         for _ in range(args.warmup + args.rounds):  # the first round fills the page cache
             for name, make in arms.items():
                 rates[name].append(rate(make()))
     rows = [{"arm": name, "1000 samples/s": spread(found[args.warmup:], 1e-3)} for name, found in rates.items()]
-    report(args, torch.device("cpu"), rows, ("arm", "1000 samples/s"), samples=args.samples, shape=SHAPE, batch=BATCH)
+    report(args, device, rows, ("arm", "1000 samples/s"), samples=args.samples, shape=SHAPE, batch=BATCH)
 
 
 if __name__ == "__main__":

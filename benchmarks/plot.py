@@ -29,7 +29,7 @@ def read(files):
             content = json.loads(path.read_text())
             devices.add(content["device"])
             for row in content["rows"]:
-                label = f"{row['model']} {row['amp']} {row['batch']}, {row['masked']:.0%} masked: {row['arm']}"
+                label = f"{row['model']} {row['amp']}, batch {row['batch']}, {row['masked']:.0%} masked: {row['arm']}"
                 bars[label] = {"training images/s": row["img/s"], "peak memory, GB": row["GB"]}
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}; give a file that benchmarks.train wrote with --json") from error

@@ -1,8 +1,8 @@
 """The plain path: MaskDiT as the method is usually written. Benchmarks compare the fast path with it, and tests hold both equal.
 
-Functions over the weights of a `models.EDMPrecond` that use none of its forward passes. Eager; labels one-hot, multiplied with the class
-table; every patch embedded before the removed ones are dropped; tokens back in image order before the decoder; losses over whole images,
-weighted by masks; AdamW and EMA as loops over tensors. Written from the papers (MaskDiT, DiT, EDM).
+Functions over the weights of a `models.EDMPrecond`; of its parts they call torch's own layers only. Eager; labels one-hot, multiplied
+with the class table; every patch embedded before the removed ones are dropped; tokens back in image order before the decoder; losses over
+whole images, weighted by masks; AdamW and EMA as loops over tensors. Written from the papers (MaskDiT, DiT, EDM).
 """
 
 import copy
@@ -22,40 +22,30 @@ def plain_norm(tokens, shift, scale):
     return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
-def plain_linear(layer, x):
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def plain_modulation(layer, c, count):
-    return plain_linear(layer.adaLN_modulation[1], F.silu(c)).chunk(count, dim=1)
-
-
 def plain_attention(attn, tokens):
     batch_size, num_tokens, width = tokens.shape
-    qkv = plain_linear(attn.qkv, tokens).reshape(batch_size, num_tokens, 3, attn.num_heads, width // attn.num_heads)
+    qkv = attn.qkv(tokens).reshape(batch_size, num_tokens, 3, attn.num_heads, width // attn.num_heads)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return plain_linear(attn.proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch_size, num_tokens, width))
+    return attn.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch_size, num_tokens, width))
 
 
 def plain_block(block, tokens, c):
-    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = plain_modulation(block, c, 6)
+    shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = block.adaLN_modulation(c).chunk(6, dim=1)
     tokens = tokens + gate_attn.unsqueeze(1) * plain_attention(block.attn, plain_norm(tokens, shift_attn, scale_attn))
-    hidden = F.gelu(plain_linear(block.mlp.fc1, plain_norm(tokens, shift_mlp, scale_mlp)), approximate="tanh")
-    return tokens + gate_mlp.unsqueeze(1) * plain_linear(block.mlp.fc2, hidden)
+    hidden = F.gelu(block.mlp.fc1(plain_norm(tokens, shift_mlp, scale_mlp)), approximate="tanh")
+    return tokens + gate_mlp.unsqueeze(1) * block.mlp.fc2(hidden)
 
 
 def plain_network(net, x, c_noise, one_hot, ids_keep=None, ids_restore=None):
     """net: a `models.MaskDiT` with classes and decoder. one_hot: (B, num_classes). ids_keep: (B, K). ids_restore: (B, L)."""
     angles = c_noise[:, None] * torch.exp(-math.log(10000) * torch.arange(128, device=x.device) / 128)
-    hidden = F.silu(plain_linear(net.t_embedder.mlp[0], torch.cat([angles.cos(), angles.sin()], dim=1)))
-    c = plain_linear(net.t_embedder.mlp[2], hidden) + plain_linear(net.y_embedder.embedding_table, one_hot)
-    patches = F.conv2d(x, net.x_embedder.proj.weight, net.x_embedder.proj.bias, stride=net.patch_size)
-    tokens = patches.flatten(2).transpose(1, 2) + net.pos_embed
+    c = net.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=1)) + net.y_embedder.embedding_table(one_hot)
+    tokens = net.x_embedder.proj(x).flatten(2).transpose(1, 2) + net.pos_embed
     if ids_keep is not None:
         tokens = torch.gather(tokens, 1, ids_keep.unsqueeze(-1).repeat(1, 1, tokens.shape[-1]))
     for block in net.blocks:
         tokens = plain_block(block, tokens, c)
-    tokens = plain_linear(net.decoder_layer.linear, plain_norm(tokens, *plain_modulation(net.decoder_layer, c, 2)))
+    tokens = net.decoder_layer.linear(plain_norm(tokens, *net.decoder_layer.adaLN_modulation(c).chunk(2, dim=1)))
     if ids_keep is not None:
         missing = ids_restore.shape[1] - tokens.shape[1]
         tokens = torch.cat([tokens, net.mask_token.to(tokens.dtype).repeat(len(x), missing, 1)], dim=1)
@@ -63,7 +53,7 @@ def plain_network(net, x, c_noise, one_hot, ids_keep=None, ids_restore=None):
     tokens = tokens + net.decoder_pos_embed
     for block in net.decoder_blocks:
         tokens = plain_block(block, tokens, c)
-    patches = plain_linear(net.final_layer.linear, plain_norm(tokens, *plain_modulation(net.final_layer, c, 2)))
+    patches = net.final_layer.linear(plain_norm(tokens, *net.final_layer.adaLN_modulation(c).chunk(2, dim=1)))
     grid, size = x.shape[2] // net.patch_size, net.patch_size
     return torch.einsum("brcpqk->bkrpcq", patches.reshape(len(x), grid, grid, size, size, -1)).reshape(x.shape)
 

@@ -1,15 +1,13 @@
 """Images per second of sampling, beside the plain path with the same weights, seeds and steps.
 
-    python -m benchmarks.sample --sizes S/2 --amp no bf16 --num_steps 4 --json benchmarks/results/sample_cpu.json
+    python -m benchmarks.sample --size S/2 --amp bf16 --num_steps 4 --json benchmarks/results/sample_cpu.json
 
 An arm samples one batch of latents as generate.py does. `plain` is benchmarks/reference.py, `ours` sampling.sample.sample_latents,
 `compiled` has compiled blocks, and `interval` is `ours` with guidance only for sigma in (0.28, 2.9], which changes the images.
 "of peak" is the network's FLOPs over time over the speed of a large matrix product in the same run. GB counts the weights too.
 """
 
-import itertools
-
-from benchmarks.common import make_parser, measure_cases, start
+from benchmarks.common import compare, make_parser, start
 from utils.cli import run
 from utils.config import load_config, model_arguments
 
@@ -20,21 +18,16 @@ COLUMNS = ("model", "amp", "steps", "cfg", "batch", "arm", "ms", "img/s", "TFLOP
 
 def parse_arguments(argv=None):
     parser = make_parser(__doc__, rounds=3, settings=True, arms=ARMS)
-    parser.add_argument("--num_steps", nargs="+", type=int, default=[40], help="sampler steps (default 40)")
-    parser.add_argument("--cfg_scale", nargs="+", type=float, default=[1.5], help="1 is off (default 1.5)")
+    parser.add_argument("--num_steps", type=int, default=40, help="sampler steps (default %(default)s)")
+    parser.add_argument("--cfg_scale", type=float, default=1.5, help="1 is off (default %(default)s)")
     return parser.parse_args(argv)
 
 
-def cases_of(args):
-    return [dict(zip(("model", "amp", "steps", "cfg", "batch"), case))
-            for case in itertools.product(args.sizes, args.amp, args.num_steps, args.cfg_scale, args.batchsize)]
-
-
-def case_config(args, case, arm):
+def arm_config(args, arm):
     return load_config(overrides=[
-        f"model.model_type=DiT-{case['model']}", f"sample.amp={case['amp']}", f"sample.num_steps={case['steps']}",
-        f"sample.cfg_scale={case['cfg']}", f"sample.cfg_interval={INTERVAL if arm == 'interval' else 'null'}",
-        f"sample.batchsize={case['batch']}", f"sample.compile={arm == 'compiled'}", *args.set])
+        f"model.model_type=DiT-{args.size}", f"sample.amp={args.amp}", f"sample.num_steps={args.num_steps}",
+        f"sample.cfg_scale={args.cfg_scale}", f"sample.cfg_interval={INTERVAL if arm == 'interval' else 'null'}",
+        f"sample.batchsize={args.batchsize}", f"sample.compile={arm == 'compiled'}", *args.set])
 
 
 def make_arm(config, arm, device):
@@ -70,15 +63,18 @@ def image_flops(config):
 
     sample = config.sample
     low, high = sample.cfg_interval or (0.0, float("inf"))
-    sigmas = edm_sigmas(sample.num_steps, 0.002, 80.0, sample.rho)
+    last = max(1, sample.num_steps - 1)
+    sigmas = edm_sigmas([i / last for i in range(sample.num_steps)], 0.002, 80.0, sample.rho)
     calls = sum(2 if sample.cfg_scale != 1 and low < sigma <= high else 1 for sigma in sigmas + sigmas[1:])
     return calls * model_flops(config)
 
 
 def main():
     args = parse_arguments()
-    device = start(args, tf32=False)  # as generate.py, but for its deterministic kernels
-    measure_cases(args, device, cases_of(args), case_config, make_arm, image_flops, COLUMNS)
+    configs = {arm: arm_config(args, arm) for arm in args.arms}
+    device = start(args, tf32=False)  # as generate.py
+    about = {"model": args.size, "amp": args.amp, "steps": args.num_steps, "cfg": args.cfg_scale, "batch": args.batchsize}
+    compare(args, device, configs, about, make_arm, image_flops, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Speed and memory of a training step, beside the plain path with the same weights, batch and precision.
 
-    python -m benchmarks.train --sizes S/2 B/2 --amp bf16 no --json benchmarks/results/train_cpu.json
+    python -m benchmarks.train --size B/2 --amp no --json benchmarks/results/train_cpu.json
 
 An arm is a whole step on stored moments: draw latents, drop labels, loss, backward, AdamW, EMA.
     plain      benchmarks/reference.py: the same step as the papers' code writes it
@@ -8,14 +8,13 @@ An arm is a whole step on stored moments: draw latents, drop labels, loss, backw
     compiled   the same with compiled blocks
     unmasked   nothing is masked
     dit        no mask and no decoder: the paper's baseline
-`unmasked` and `dit` run with compiled blocks if --set train.compile=true. All arms are in memory together: on a small GPU give fewer.
+`unmasked` and `dit` run with compiled blocks if --set train.compile=true. Kernels are deterministic, as in training, unless
+--set train.deterministic=false. All arms are in memory together: on a small GPU give fewer.
 "of peak" is the FLOPs of the model over time over the speed of a large matrix product in the same run. GB is the most that an arm's
 tensors take at once, weights, moments and EMA included; on a CPU it needs two warm-up rounds.
 """
 
-import itertools
-
-from benchmarks.common import make_parser, measure_cases, start
+from benchmarks.common import compare, make_parser, start
 from utils.cli import run
 from utils.config import load_config, model_arguments
 
@@ -24,22 +23,13 @@ COLUMNS = ("model", "masked", "amp", "batch", "arm", "ms", "img/s", "TFLOP/s", "
 
 
 def parse_arguments(argv=None):
-    parser = make_parser(__doc__, rounds=5, settings=True, arms=ARMS)
-    parser.add_argument("--mask_ratio", nargs="+", type=float, default=[0.5])
-    parser.add_argument("--deterministic", action="store_true", help="deterministic kernels only, the default of training")
-    return parser.parse_args(argv)
+    return make_parser(__doc__, rounds=5, settings=True, arms=ARMS).parse_args(argv)
 
 
-def cases_of(args):
-    return [dict(zip(("model", "masked", "amp", "batch"), case))
-            for case in itertools.product(args.sizes, args.mask_ratio, args.amp, args.batchsize)]
-
-
-def case_config(args, case, arm):
-    masked = 0.0 if arm in ("unmasked", "dit") else case["masked"]
-    return load_config(overrides=[
-        f"model.model_type=DiT-{case['model']}", f"model.use_decoder={arm != 'dit'}", f"train.mask_ratio={masked}",
-        f"train.amp={case['amp']}", f"train.batchsize={case['batch']}", f"train.compile={arm == 'compiled'}", *args.set])
+def arm_config(args, arm):
+    own = {"unmasked": ["train.mask_ratio=0"], "dit": ["train.mask_ratio=0", "model.use_decoder=false"]}
+    return load_config(overrides=[f"model.model_type=DiT-{args.size}", f"train.amp={args.amp}", f"train.batchsize={args.batchsize}",
+                                  f"train.compile={arm == 'compiled'}", *args.set, *own.get(arm, [])])
 
 
 def make_training(config, arm, device):
@@ -77,8 +67,11 @@ def image_flops(config):
 
 def main():
     args = parse_arguments()
-    device = start(args, deterministic=args.deterministic)
-    measure_cases(args, device, cases_of(args), case_config, make_arm, image_flops, COLUMNS)
+    configs = {arm: arm_config(args, arm) for arm in args.arms}
+    train = configs[args.arms[0]].train
+    device = start(args, train.tf32, train.deterministic)
+    about = {"model": args.size, "masked": train.mask_ratio, "amp": args.amp, "batch": args.batchsize}
+    compare(args, device, configs, about, make_arm, image_flops, COLUMNS)
 
 
 if __name__ == "__main__":

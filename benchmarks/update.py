@@ -20,10 +20,7 @@ COMPARED = {"AdamW": "AdamW, plain", "EMA": "EMA, plain", "copy": "step", "step 
 
 
 def parse_arguments(argv=None):
-    parser = make_parser(__doc__, rounds=11, settings=True)
-    parser.add_argument("--size", default="S/2", help="of the paper's table (default %(default)s)")
-    parser.add_argument("--batchsize", type=int, default=8, help="images per step (default %(default)s)")
-    return parser.parse_args(argv)
+    return make_parser(__doc__, rounds=11, settings=True).parse_args(argv)
 
 
 def make_arms(config, device, folder):
@@ -48,7 +45,7 @@ def make_arms(config, device, folder):
 def main():
     args = parse_arguments()
     config = load_config(overrides=[f"model.model_type=DiT-{args.size}", f"train.batchsize={args.batchsize}", *args.set])
-    device = start(args)
+    device = start(args, config.train.tf32, config.train.deterministic)
     with tempfile.TemporaryDirectory() as folder:
         arms = make_arms(config, device, Path(folder))
         measured = alternate(arms, args, device, clock=make_clock(device, threads=None))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pytest import approx
 
-from benchmarks import common, sample, train, update
+from benchmarks import common, fid, sample, train, update
 from benchmarks.common import alternate, watch_memory
 from utils.cli import UserError
 
@@ -56,9 +56,9 @@ def test_arms_take_turns_and_the_warm_up_is_not_counted():
     assert [len(entry["seconds"]) for entry in measured.values()] == [2, 2]
 
 
-def run_toy(module, monkeypatch, tmp_path, *arguments):
+def run_toy(module, monkeypatch, tmp_path, *arguments, settings=("--set", *TINY)):
     """The report of one toy run of a benchmark."""
-    monkeypatch.setattr("sys.argv", [module.__name__, *arguments, "--json", str(tmp_path / "new/report.json"), "--set", *TINY])
+    monkeypatch.setattr("sys.argv", [module.__name__, *arguments, "--json", str(tmp_path / "new/report.json"), *settings])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would stay for the other tests
     monkeypatch.setattr("utils.precision.setup_backends", lambda *arguments: None)
     module.main()
@@ -66,13 +66,32 @@ def run_toy(module, monkeypatch, tmp_path, *arguments):
 
 
 def test_training_steps_are_compared_with_the_plain_one(monkeypatch, tmp_path):
-    report = run_toy(train, monkeypatch, tmp_path, *"--arms plain ours dit --batchsize 1 2 --rounds 1 --amp no".split())
+    report = run_toy(train, monkeypatch, tmp_path, *"--arms plain ours dit --batchsize 2 --rounds 1 --amp no".split())
     assert {"device", "torch", "python", "commit", "command", "threads"} < report.keys() and "--arms plain ours dit" in report["command"]
-    assert [(row["batch"], row["arm"]) for row in report["rows"]] == [(batch, arm) for batch in (1, 2) for arm in ("plain", "ours", "dit")]
+    assert [(row["batch"], row["arm"]) for row in report["rows"]] == [(2, arm) for arm in ("plain", "ours", "dit")]
     for row in report["rows"]:
         assert row["ms"]["lowest"] > 0 and row["GB"] > 0 and row["config"]["model"]["use_decoder"] is (row["arm"] != "dit")
         assert row["masked"] == (0.0 if row["arm"] == "dit" else 0.5)
         assert (row["x plain"] is None) is (row["arm"] == "plain")
+
+
+@pytest.mark.parametrize("settings, wanted", [([], (True, True)), (["train.deterministic=false", "train.tf32=false"], (False, False))])
+def test_steps_are_measured_as_training_runs_them(monkeypatch, settings, wanted):
+    """Switches are those of the config: deterministic kernels by default, as in training."""
+    monkeypatch.setattr("sys.argv", ["train", "--set", *TINY, *settings])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(train, "compare", lambda *arguments: None)
+    set_to = []
+    monkeypatch.setattr("utils.precision.setup_backends", lambda *arguments: set_to.append(arguments))
+    train.main()
+    assert set_to == [(*wanted, False)]
+
+
+def test_fid_is_compared_with_pytorch_fid_on_the_device_that_is_asked_for(monkeypatch, tmp_path):
+    peer = pytest.importorskip("pytorch_fid.inception")
+    monkeypatch.setattr(peer, "load_state_dict_from_url", None)  # put back after the benchmark has replaced it
+    report = run_toy(fid, monkeypatch, tmp_path, *"--device cpu --batch 1 --side 32 --rounds 1 --warmup 0".split(), settings=())
+    assert [row["side"] for row in report["rows"]] == ["fid", "pytorch-fid"] and report["device"].startswith("CPU")
 
 
 def test_sampling_is_compared_with_the_plain_one(monkeypatch, tmp_path):
@@ -82,12 +101,13 @@ def test_sampling_is_compared_with_the_plain_one(monkeypatch, tmp_path):
 
 def test_network_calls_of_heun_with_guidance():
     """4 noise levels, of which the first is visited once; each visit costs two passes within the interval, 80 > sigma > 0.002."""
-    args = sample.parse_arguments(["--set", *TINY])
-    case = dict(zip(("model", "amp", "steps", "cfg", "batch"), ("S/2", "no", 4, 1.5, 1)))
-    flops = {arm: sample.image_flops(sample.case_config(args, case, arm)) for arm in ("ours", "interval")}
-    one = sample.image_flops(sample.case_config(args, case | {"steps": 1, "cfg": 1.0}, "ours"))
-    assert flops["ours"] == 14 * one  # (4 + 3) visits
-    assert one * 7 < flops["interval"] < flops["ours"]
+    def flops(arm, *arguments):
+        args = sample.parse_arguments([*arguments, "--amp", "no", "--set", *TINY])
+        return sample.image_flops(sample.arm_config(args, arm))
+
+    one = flops("ours", "--num_steps", "1", "--cfg_scale", "1")
+    assert flops("ours", "--num_steps", "4") == 14 * one  # (4 + 3) visits
+    assert one * 7 < flops("interval", "--num_steps", "4") < 14 * one
 
 
 def test_updates_and_checkpoints_are_measured(monkeypatch, tmp_path):
@@ -96,6 +116,7 @@ def test_updates_and_checkpoints_are_measured(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [(["--rounds", "0"], "--rounds 0: wanted 1 or more"), (["--threads", "0"], "--threads 0"),
+                                                (["--device", "tpu"], "--device tpu: wanted cpu or"),
                                                 (["--json", "FILE/report.json"], "--json .*FILE is a file")])
 def test_wrong_arguments_are_told_before_any_work(monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
@@ -105,10 +126,10 @@ def test_wrong_arguments_are_told_before_any_work(monkeypatch, tmp_path, argumen
 
 
 def test_a_wrong_setting_is_told_before_any_work(monkeypatch):
-    args = train.parse_arguments(["--set", "model.depth=none"])
-    monkeypatch.setattr(train, "make_arm", None)
+    monkeypatch.setattr("sys.argv", ["train", "--set", "model.depth=none"])
+    monkeypatch.setattr(train, "start", None)
     with pytest.raises(UserError, match="model.depth"):
-        common.measure_cases(args, CPU, train.cases_of(args), train.case_config, None, None, ())
+        train.main()
 
 
 def test_random_latents_are_a_set_that_training_reads(tmp_path):

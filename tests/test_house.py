@@ -16,7 +16,7 @@ MOST_LINES = {
     "utils": 1348,
     ".": 460,
     "scripts": 330,
-    "benchmarks": 1200,
+    "benchmarks": 1591,
 }
 MOST_LINES_IN_ALL = 7500  # without benchmarks, experiments and tests; to 7,000
 LONGEST_FILE = 350

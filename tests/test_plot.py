@@ -23,7 +23,7 @@ def test_each_case_and_arm_has_a_bar_and_the_last_file_counts(tmp_path):
     device, bars = plot.read([first, write(tmp_path / "b.json", row("dit", 3.0), row("ours", 4.0))])
     assert device == "CPU"
     assert {label: numbers["training images/s"] for label, numbers in bars.items()} == {
-        "S/2 no 4, 50% masked: ours": 4.0, "S/2 no 8, 50% masked: ours": 2.0, "S/2 no 4, 50% masked: dit": 3.0}
+        "S/2 no, batch 4, 50% masked: ours": 4.0, "S/2 no, batch 8, 50% masked: ours": 2.0, "S/2 no, batch 4, 50% masked: dit": 3.0}
 
 
 @pytest.mark.parametrize("memory", [None, 3.5])
