@@ -246,7 +246,7 @@ def write_random_latents(folder, samples, shape, dtype, num_classes):
     moments, labels = rng.standard_normal((samples, *shape), np.float32), rng.integers(max(1, num_classes), size=samples)
     writer = LatentWriter(folder, Plan(samples, shape, dtype, False, num_classes, (), 0.18215, 0.0, ""))
     for shard in writer.pending():
-        part = writer.plan.shard_range(shard)
+        part = writer.plan.shards[shard]
         writer.write(shard, moments[part.start:part.stop], labels[part.start:part.stop])
     writer.finish()
     return moments, labels

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from utils.cli import run
 
-CHUNK = 4096  # labels looked through at once
 
-
-def parse_arguments():
+def main():
     parser = argparse.ArgumentParser(prog="python3 -m dataset.convert", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SRC", help="stored latents of any format (see dataset/formats.py)")
@@ -25,11 +23,8 @@ def parse_arguments():
     parser.add_argument("--shift", type=float)
     parser.add_argument("--vae", default="", help="name of the VAE, a note for later")
     parser.add_argument("--shard_size", type=int, default=4096, help="samples per file (default: %(default)s)")
-    return parser.parse_args()
+    args = parser.parse_args()
 
-
-def main():
-    args = parse_arguments()
     from dataset.formats import find_latents
     from dataset.store import LatentWriter, Plan
     from utils.logging import Progress
@@ -37,17 +32,16 @@ def main():
     source = find_latents(args.source).expect_classes(args.num_classes)
     source.use_scale(args.scale, args.shift)
     source.mirrored = source.holds_mirrored
-    chunks = (range(i, min(i + CHUNK, source.num_images)) for i in range(0, source.num_images, CHUNK))
-    largest = max(int(source.read_labels(chunk).max()) for chunk in chunks)  # also finds labels that --num_classes does not allow
+    labels = source.read_labels(range(source.num_images))  # tells labels that --num_classes does not allow
     plan = Plan(num_images=source.num_images, sample_shape=source.sample_shape, mirrored=source.mirrored,
                 dtype={"keep": source.dtype.name, "fp16": "float16", "fp32": "float32"}[args.store],
-                num_classes=largest + 1 if source.num_classes is None else source.num_classes, class_names=tuple(source.class_names),
+                num_classes=int(labels.max()) + 1 if source.num_classes is None else source.num_classes, class_names=source.class_names,
                 scale=source.scale, shift=source.shift, vae=args.vae or source.vae, vae_digest=source.vae_digest,
                 shard_size=args.shard_size, made_by={"program": "dataset.convert", "source": Path(source.name).name})
     writer = LatentWriter(args.dest, plan)
-    with Progress(sum(len(plan.shard_range(shard)) for shard in writer.pending()), "converting", "images") as progress:
-        for shard in writer.pending():
-            images = plan.shard_range(shard)
+    shards = {shard: plan.shards[shard] for shard in writer.pending()}
+    with Progress(sum(map(len, shards.values())), "converting", "images") as progress:
+        for shard, images in shards.items():
             moments, labels = source.read(images)
             mirrored = source.read([image + source.num_images for image in images])[0] if source.mirrored else None
             writer.write(shard, moments, labels, mirrored)

@@ -1,11 +1,10 @@
-"""Encode images with a VAE into stored latents. Threads decode ahead.
+"""Encode images with a VAE into stored latents.
 
-What is written depends on the plan alone: image numbers decide shards and batches, whatever was already there and however
-many processes share the work.
+What is written depends on the plan alone, whatever was already there and however many processes share the work.
 """
 
+import functools
 import os
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,22 +13,20 @@ import torch
 from utils import distributed
 from dataset.images import CorruptImage
 from dataset.store import LatentWriter, Plan
+from dataset.stream import read_ahead
 from utils.cli import UserError
 from utils.logging import Progress, say
 
 
 def make_plan(images, vae, vae_name, vae_dtype, first, num_images, batch_size, dtype, shard_size):
-    """The `Plan` of encoding images first .. first+num_images-1 with the `Autoencoder` vae.
+    """The `Plan` of encoding num_images (None: all) images from number `first` on with the `Autoencoder` vae.
 
     vae_dtype, dtype: names of the types of the VAE's arithmetic and of the stored moments.
-    num_images: None takes all from `first` on. Raises UserError if the range or the resolution does not fit.
     """
-    if not 0 <= first < images.num_images:
-        raise UserError(f"--first {first}: {images.name} has {images.num_images} images, numbered 0 to {images.num_images - 1}")
-    rest = images.num_images - first
-    num_images = rest if num_images is None else num_images
-    if not 1 <= num_images <= rest:
-        raise UserError(f"--num_images {num_images}: from --first {first} on, {images.name} has {rest} images")
+    wish = f"--first {first}" if num_images is None else f"--first {first} --num_images {num_images}"
+    num_images = images.num_images - first if num_images is None else num_images
+    if not 0 <= first < first + num_images <= images.num_images:
+        raise UserError(f"{wish}: {images.name} has {images.num_images} images, numbered 0 to {images.num_images - 1}")
     if batch_size < 1:
         raise UserError(f"--batch {batch_size} must be at least 1")
     if images.resolution % vae.downsample:
@@ -37,35 +34,44 @@ def make_plan(images, vae, vae_name, vae_dtype, first, num_images, batch_size, d
     size = images.resolution // vae.downsample
     made_by = {"program": "extract_latent", "images": images.path.name, "images_sha256": images.fingerprint(), "first": first,
                "resolution": images.resolution, "batch": batch_size, "vae_dtype": vae_dtype}
-    return Plan(num_images, (2 * vae.latent_channels, size, size), dtype, images.mirrored, images.num_classes,
-                tuple(images.class_names), vae.scale, vae.shift, vae_name, shard_size, made_by, vae.digest)
+    return Plan(num_images, (2 * vae.latent_channels, size, size), dtype, images.mirrored, images.num_classes, images.class_names,
+                vae.scale, vae.shift, vae_name, shard_size, made_by, vae.digest)
 
 
 def extract(images, vae, dest, plan, skip_bad=False, num_workers=None):
     """Encode what is still missing of the set at `dest`, each process its share of the shards.
 
-    num_workers: threads that decode images (None: one for each processor core of this process).
-    Returns (manifest, [(name, error)] of this process's images that cannot be read). Shards with such images are left out unless
-    skip_bad, the others are kept; the manifest is then None on every process.
+    num_workers: threads that decode images ahead (None: one for each processor core of this process).
+    Returns (manifest, [(name, error)] of this process's images that cannot be read). Unless skip_bad, shards with such images stay
+    unwritten and the manifest is then None on every process.
     """
     if distributed.is_main():
         LatentWriter(dest, plan)  # begins the set; the others find it begun
     distributed.barrier()
     writer = LatentWriter(dest, plan)
     pending = distributed.broadcast_object(writer.pending())
-    if len(pending) < plan.num_shards:
-        say(f"{dest}: {plan.num_shards - len(pending)} of {plan.num_shards} shards are there already")
-    shards, world_size = pending[distributed.rank()::distributed.world_size()], distributed.world_size()
-    batches = [batch for shard in shards for batch in _batches(plan, shard)]
+    if len(pending) < len(plan.shards):
+        say(f"{dest}: {len(plan.shards) - len(pending)} of {len(plan.shards)} shards are there already")
+    world_size = distributed.world_size()
+    batches = {shard: _batches(plan, shard) for shard in pending[distributed.rank()::world_size]}
+    mine = [batch for shard in batches for batch in batches[shard]]
     num_workers = num_workers or max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     title, bad = f"encoding (1 of {world_size} processes)" if world_size > 1 else "encoding", []
-    with ThreadPoolExecutor(num_workers, "decode") as readers, Progress(sum(map(len, batches)), title, "images") as progress:
-        decoded = _decode_ahead(images, batches, readers, depth=num_workers + 1)
-        for shard in shards:
-            content, shard_bad = _encode_shard(decoded, shard, vae, plan, skip_bad, progress)
+    with ThreadPoolExecutor(num_workers, "decode") as pool, Progress(sum(map(len, mine)), title, "images") as progress:
+        decoded = read_ahead(pool, functools.partial(_decode, images), mine, num_workers + 1)
+        for shard in batches:
+            parts, shard_bad = [], []
+            for batch in batches[shard]:
+                pixels, labels, batch_bad = next(decoded)
+                shard_bad += batch_bad
+                if skip_bad or not shard_bad:  # a shard that stays unwritten is only searched for more bad images
+                    turned = [pixels, pixels[..., ::-1]] if plan.mirrored else [pixels]
+                    parts.append([labels, *(_encode(vae, each, plan) for each in turned)])
+                progress.update(len(batch))
             bad += shard_bad
-            if content:
-                writer.write(shard, *content)
+            if skip_bad or not shard_bad:
+                labels, moments, *mirrored = map(np.concatenate, zip(*parts))
+                writer.write(shard, moments, labels, *mirrored, skipped=[name for name, _ in shard_bad])
     if distributed.any_rank(bool(bad) and not skip_bad):
         return None, bad
     manifest = writer.finish() if distributed.is_main() else None
@@ -74,56 +80,26 @@ def extract(images, vae, dest, plan, skip_bad=False, num_workers=None):
 
 def _batches(plan, shard):
     """The image numbers of a shard, batch by batch."""
-    numbers = range(plan.made_by["first"], plan.made_by["first"] + plan.num_images)
-    shard_numbers = numbers[shard * plan.shard_size:(shard + 1) * plan.shard_size]
-    size = plan.made_by["batch"]
-    return [shard_numbers[begin:begin + size] for begin in range(0, len(shard_numbers), size)]
-
-
-def _decode_ahead(images, batches, readers, depth):
-    """Yield `_decode` of each batch in turn while threads work on the next `depth`."""
-    batches, pending = iter(batches), deque()
-    for batch in batches:
-        pending.append(readers.submit(_decode, images, batch))
-        if len(pending) > depth:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+    first, size, images = plan.made_by["first"], plan.made_by["batch"], plan.shards[shard]
+    return [range(first + begin, first + min(begin + size, images.stop)) for begin in images[::size]]
 
 
 def _decode(images, indices):
     """(pixels (n, 3, R, R) uint8, labels (n,), [(name, error)] of the images left out)."""
-    pixels, labels, bad = [], [], []
+    pixels, kept, bad = [], [], []
     for index in indices:
         try:
             pixels.append(images.image(index))
-            labels.append(images.labels[index])
+            kept.append(index)
         except CorruptImage as error:
             bad.append((images.names[index], str(error)))
-    return np.stack(pixels) if pixels else np.empty((0, *images.sample_shape), np.uint8), labels, bad
+    return np.array(pixels, np.uint8).reshape(-1, *images.sample_shape), images.read_labels(kept), bad
 
 
-def _encode_shard(decoded, shard, vae, plan, skip_bad, progress):
-    """(what `LatentWriter.write` takes after the shard's number, None if bad images may not be skipped; the bad images)."""
-    empty = np.empty((0, *plan.sample_shape), plan.dtype)
-    moments, mirrored, labels, bad = [empty], [empty], [], []
-    for batch in _batches(plan, shard):
-        pixels, batch_labels, batch_bad = next(decoded)
-        bad += batch_bad
-        labels += batch_labels
-        if len(pixels) and (skip_bad or not bad):  # a shard that stays unwritten is only searched for more bad images
-            moments.append(_encode(vae, pixels, plan.dtype))
-            if plan.mirrored:
-                mirrored.append(_encode(vae, pixels[..., ::-1].copy(), plan.dtype))
-        progress.update(len(batch))
-    if bad and not skip_bad:
-        return None, bad
-    return (np.concatenate(moments), np.array(labels, np.int64), np.concatenate(mirrored) if plan.mirrored else None,
-            [name for name, _ in bad]), bad
-
-
-def _encode(vae, pixels, dtype):
+def _encode(vae, pixels, plan):
     """pixels (n, 3, R, R) uint8 -> moments (n, 2C, h, w) in the stored type."""
+    if not len(pixels):
+        return np.empty((0, *plan.sample_shape), plan.dtype)
     weight = next(vae.parameters())
-    images = torch.from_numpy(pixels).to(weight.device).to(torch.float32, memory_format=torch.channels_last)
-    return vae.encode_moments(images / 127.5 - 1).to(getattr(torch, dtype)).cpu().numpy()
+    images = torch.from_numpy(np.ascontiguousarray(pixels)).to(weight.device).to(torch.float32, memory_format=torch.channels_last)
+    return vae.encode_moments(images / 127.5 - 1).to(getattr(torch, plan.dtype)).cpu().numpy()

@@ -9,19 +9,18 @@
 | two folders *_features and *_labels | one .npy per image, as fast-DiT writes them |
 | class folders with .npz files | one .npz per image, as MAR writes them |
 
-All hand out VAE moments (2C, H, W). A format that holds latents instead (C, H, W: a sample or the mean) is read as moments
-whose log-variance is -30, the lowest that is used: drawing from them gives the stored latent back (standard deviation 3e-7).
-Where a format does not say which of the two it holds, 8 channels are moments of a 4-channel VAE and any other number is latents.
+All hand out VAE moments (2C, H, W), also where latents (C, H, W) are stored: see `LatentSet`.
 """
 
 import math
 import os
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from dataset.base import (MOMENTS_CHANNELS, LatentSet, PerProcess, check_not_cut, open_npz, per_channel, read_label, read_npy, read_npz,
-                          reading)
+from dataset.base import (MOMENTS_CHANNELS, LatentSet, PerProcess, check_not_cut, locate, open_npz, per_channel, read_label, read_npy,
+                          read_npz, reading)
 from dataset.store import MANIFEST, PARTIAL, StoredLatents
 from dataset.webdataset import WebDatasetLatents
 from utils.cli import UserError
@@ -55,29 +54,36 @@ def find_latents(path):
         raise UserError(f"{path}: no such file or folder (stored latents wanted)")
     if (path / MANIFEST).is_file() or (path / PARTIAL).is_dir():
         return StoredLatents(path)
-    for file in [path] if path.suffix == ".mdb" else [path / "data.mdb", path / "train" / "data.mdb"]:
-        if file.is_file():
+    for file in (path, path / "data.mdb", path / "train" / "data.mdb"):
+        if file.suffix == ".mdb" and file.is_file():
             return LMDBLatents(file.resolve())  # one name per file: LMDB lets a process open it only once
     for suffix, reader in ((".tar", WebDatasetLatents), (".safetensors", SafetensorsLatents)):
-        files = [path] if path.suffix == suffix and path.is_file() else _sorted_files(path, suffix)
-        if files:
-            return reader(files)
+        if files := _files(path, suffix):
+            return reader(path, files)
     for features in sorted(path.glob("*_features")):
         labels = features.with_name(features.name.removesuffix("_features") + "_labels")
         if labels.is_dir():
             return FeatureFolderLatents(features, labels)
-    folders = [folder for folder in _sorted_files(path) if folder.is_dir()]
-    if any(_sorted_files(folder, ".npz") for folder in folders):
+    folders = [folder for folder in _files(path) if folder.is_dir()]
+    if any(_files(folder, ".npz") for folder in folders):
         return ClassFolderLatents(path, folders)
     inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) if path.is_dir() else "a file of another kind"
     raise UserError(f"{path}: no stored latents found in it ({inside or 'empty'}); wanted {MANIFEST}, data.mdb, *.tar, "
                     f"*.safetensors, *_features with *_labels, or class folders of .npz; extract_latent.py makes them of images")
 
 
+def _files(path, suffix=""):
+    """`path` itself or what is in that folder, if it has this suffix: by name, names that are numbers by their value."""
+    def order(file):
+        number = suffix and file.stem.isdecimal()
+        return (0, int(file.stem), file.name) if number else (1, 0, file.name)
+    files = [path / name for name in os.listdir(path)] if path.is_dir() else [path]
+    return sorted((file for file in files if file.name.endswith(suffix) and not file.name.startswith(".")), key=order)
+
+
 def _open_lmdb(file):
     import lmdb
-    with reading(file):
-        return lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
+    return lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False)
 
 
 _environment = PerProcess(_open_lmdb)  # for all sets: LMDB lets a process open a file only once
@@ -93,42 +99,33 @@ class LMDBLatents(LatentSet):
         self.file, self.name = file, str(file)
         environment = _environment(file)
         self.num_bytes = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        check_not_cut(file, self.num_bytes)
-        with environment.begin(buffers=True) as transaction:
-            self.num_images = read_label(self._value(transaction, "length"), f"{file}: length")
-            if self.num_images < 1:
-                raise UserError(f"{file}: length says {self.num_images} images")
-            size = math.isqrt(len(self._value(transaction, "z-0")) // (4 * MOMENTS_CHANNELS))
-            self.sample_shape = (MOMENTS_CHANNELS, size, size)
-            self._value(transaction, f"z-{self.num_images - 1}")
-            self.holds_mirrored = transaction.get(f"z-{self.num_images}".encode()) is not None
+        self.num_images = read_label(self._value("length"), f"{file}: length")
+        self._look_at_first()
+        self._value(f"z-{self.num_images - 1}")
+        self.holds_mirrored = self._value(f"z-{self.num_images}", may_lack=True) is not None
 
-    def _value(self, transaction, key):
-        value = transaction.get(key.encode())
-        if value is None:
+    def _value(self, key, may_lack=False):
+        check_not_cut(self.file, self.num_bytes)
+        with _environment(self.file).begin() as transaction:
+            value = transaction.get(key.encode())
+        if value is None and not may_lack:
             raise UserError(f"{self.file}: no key {key}; is this a set of latents, and complete?")
         return value
 
-    def _read_samples(self, indices, out):
-        wanted = 4 * math.prod(self.sample_shape)
-        check_not_cut(self.file, self.num_bytes)
-        with _environment(self.file).begin(buffers=True) as transaction:
-            for row, index in zip(out.reshape(len(out), -1), indices.tolist()):
-                value = self._value(transaction, f"z-{index}")
-                if len(value) != wanted:
-                    raise UserError(f"{self.file}: z-{index} has {len(value)} bytes, wanted {wanted} (float32 {self.sample_shape})")
-                row[:] = np.frombuffer(value, np.float32)
+    def _array(self, image, mirrored):
+        key = f"z-{image + mirrored * self.num_images}"
+        with reading(f"{self.file}: {key}"):
+            values = np.frombuffer(self._value(key), np.float32)
+            size = math.isqrt(len(values) // MOMENTS_CHANNELS)
+            return values.reshape(MOMENTS_CHANNELS, size, size), f"{self.file}: {key}"
 
-    def _read_labels(self, images):
-        with _environment(self.file).begin(buffers=True) as transaction:
-            return np.array([read_label(self._value(transaction, f"y-{image}"), f"{self.file}: y-{image}")
-                             for image in images.tolist()], np.int64)
+    def _labels(self, images):
+        return [read_label(self._value(f"y-{image}"), f"{self.file}: y-{image}") for image in images]
 
 
 def _open_safetensors(file):
     from safetensors import safe_open
-    with reading(file):
-        return safe_open(file, framework="pt")
+    return safe_open(file, framework="pt")
 
 
 class SafetensorsLatents(LatentSet):
@@ -140,52 +137,45 @@ class SafetensorsLatents(LatentSet):
     supposes). Else the scale is 0.18215 unless the user gives another.
     """
 
-    def __init__(self, files):
-        self.files, self.name = files, str(files[0].parent if len(files) > 1 else files[0])
-        self._handle, self._sizes = PerProcess(_open_safetensors), [file.stat().st_size for file in files]
-        labels = [self._labels_of(file) for file in files]
-        self._ends = np.cumsum([len(part) for part in labels])
-        self._starts = self._ends - [len(part) for part in labels]
-        self.labels = np.concatenate(labels).astype(np.int64)
+    def __init__(self, path, files):
+        self.name, self.files, self._sizes = str(path), files, [file.stat().st_size for file in files]
+        self._opened = PerProcess(_open_safetensors)
+        labels = [self._read_labels(file) for file in files]
+        self.labels, self._ends = np.concatenate(labels), list(accumulate(map(len, labels)))
         self.num_images = len(self.labels)
-        self.holds_mirrored = all("latents_flip" in self._handle(file).keys() for file in files)
+        self.holds_mirrored = all("latents_flip" in self._opened(file).keys() for file in files)
         self._look_at_first()
-        self._read_statistics(files[0].with_name("latents_stats.pt"))
+        statistics = files[0].with_name("latents_stats.pt")
+        if statistics.is_file():
+            self._read_statistics(statistics)
 
-    def _labels_of(self, file):
+    def _read_labels(self, file):
         """The labels of a shard. Raises UserError if its tensors do not fit one another."""
-        handle = self._handle(file)
-        shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}
-        for key in ("latents", "labels"):
-            if key not in shapes:
-                raise UserError(f"{file}: no tensor {key}; found {', '.join(sorted(shapes)) or 'none'}")
-        for key in shapes.keys() & {"latents", "latents_flip"}:
-            if shapes[key][:1] != shapes["labels"]:
-                raise UserError(f"{file}: {key} of shape {shapes[key]} for labels of shape {shapes['labels']}")
-        labels = handle.get_tensor("labels")
-        if labels.is_floating_point():
-            raise UserError(f"{file}: labels are {labels.dtype}, wanted whole numbers")
-        return labels.numpy()
+        handle = self._opened(file)
+        with reading(file):
+            labels = handle.get_tensor("labels").numpy()
+        shapes = {key: handle.get_slice(key).get_shape() for key in ("latents", "latents_flip") if key in handle.keys()}
+        fitting = all(shape[:1] == [*labels.shape] for shape in shapes.values())
+        if "latents" not in shapes or labels.dtype.kind not in "iu" or not fitting:
+            raise UserError(f"{file}: {shapes} with {labels.dtype} labels {labels.shape}, wanted latents (n, C, H, W) "
+                            f"with whole numbers as labels (n,)")
+        return labels
 
     def _read_statistics(self, file):
-        if not file.is_file():
-            return
         import torch
         with reading(file):
             found = torch.load(file, map_location="cpu", weights_only=True)
-            mean, std = (found[key].double().flatten().tolist() for key in ("mean", "std"))
-        if min(std, default=0) > 0:
-            std = [LATENT_STD / value for value in std]
-        self.says_scale = True
-        self.scale, self.shift = (per_channel(f"{file}: {name}", value, self.sample_shape[0] // 2)
-                                  for name, value in (("scale", std), ("shift", mean)))
+            mean, std = (found[key].double().flatten() for key in ("mean", "std"))
+        channels, self.says_scale = self.sample_shape[0] // 2, True
+        self.scale = per_channel(f"{file}: scale", (LATENT_STD / std).tolist(), channels)
+        self.shift = per_channel(f"{file}: shift", mean.tolist(), channels)
 
     def _array(self, image, mirrored):
         import torch
-        shard = int(np.searchsorted(self._ends, image, side="right"))
+        shard, row = locate(self._ends, image)
         key, file = "latents_flip" if mirrored else "latents", self.files[shard]
         check_not_cut(file, self._sizes[shard])
-        tensor = self._handle(file).get_slice(key)[image - int(self._starts[shard])]
+        tensor = self._opened(file).get_slice(key)[row]
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy(), f"{file}: {key}"
 
 
@@ -196,23 +186,22 @@ class FeatureFolderLatents(LatentSet):
     """
 
     def __init__(self, features, labels):
-        self.name, self.files, self.label_files = str(features), _sorted_files(features, ".npy"), _sorted_files(labels, ".npy")
+        self.name, self.files, self.label_files = str(features), _files(features, ".npy"), _files(labels, ".npy")
         self.num_images = len(self.files)
         alone = {file.name for file in self.files} ^ {file.name for file in self.label_files}
-        if alone or not self.files:
+        if alone:
             raise UserError(f"{features} and {labels} hold {len(self.files)} and {len(self.label_files)} .npy files, {len(alone)} of them "
-                            f"in only one folder, first {min(alone, default='none')}; wanted the same names in both")
+                            f"in only one folder, first {min(alone)}; wanted the same names in both")
         self._look_at_first()
         if self.holds_latents:
             self.scale = 1.0
 
     def _array(self, image, mirrored):
         array = read_npy(self.files[image].read_bytes(), self.files[image])
-        return array[0] if array.ndim == 4 and array.shape[0] == 1 else array, self.files[image]
+        return array[0] if array.ndim == 4 and len(array) == 1 else array, self.files[image]
 
-    def _read_labels(self, images):
-        files = [self.label_files[image] for image in images.tolist()]
-        return np.array([read_label(file.read_bytes(), file) for file in files], np.int64)
+    def _labels(self, images):
+        return [read_label(file.read_bytes(), file) for file in map(self.label_files.__getitem__, images)]
 
 
 class ClassFolderLatents(LatentSet):
@@ -221,17 +210,15 @@ class ClassFolderLatents(LatentSet):
     The scale is Stable Diffusion's 0.18215 for a 4-channel VAE and 0.2325, MAR's own, for any other.
     """
 
-    always_moments = True
-
     def __init__(self, path, folders):
         self.name, self.class_names, self.num_classes = str(path), [folder.name for folder in folders], len(folders)
-        files_of = [_sorted_files(folder, ".npz") for folder in folders]
+        files_of = [_files(folder, ".npz") for folder in folders]
         self.files = [file for files in files_of for file in files]
         self.labels = np.repeat(np.arange(len(folders)), [len(files) for files in files_of])
         self.num_images = len(self.files)
         with open_npz(self.files[0]) as members:
             self.holds_mirrored = "moments_flip" in members
-        self._look_at_first()
+        self._look_at_first(always_moments=True)
         if self.sample_shape[0] != MOMENTS_CHANNELS:
             self.scale = 0.2325
 
@@ -239,12 +226,3 @@ class ClassFolderLatents(LatentSet):
         file, key = self.files[image], "moments_flip" if mirrored else "moments"
         with open_npz(file) as members:
             return read_npz(file, members, key), f"{file}: {key}"
-
-
-def _sorted_files(folder, suffix=""):
-    """What in the folder has this suffix, by name; names that are numbers by their value. Nothing if it is no folder."""
-    def order(name):
-        stem = name.removesuffix(suffix)
-        return (0, int(stem), name) if suffix and stem.isdecimal() else (1, 0, name)
-    names = os.listdir(folder) if folder.is_dir() else []
-    return [folder / name for name in sorted(names, key=order) if name.endswith(suffix) and not name.startswith(".")]

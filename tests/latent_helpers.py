@@ -24,7 +24,7 @@ def write_shards(writer, shards=None):
     """Write random moments into these shards (None: all that are missing)."""
     moments, mirrored, labels = random_moments(writer.plan.dtype)
     for shard in writer.pending() if shards is None else shards:
-        part = list(writer.plan.shard_range(shard))
+        part = list(writer.plan.shards[shard])
         writer.write(shard, moments[part], labels[part], mirrored[part] if writer.plan.mirrored else None)
 
 

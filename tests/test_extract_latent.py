@@ -144,9 +144,9 @@ def test_repeating_a_finished_extraction_changes_nothing(extract, images, tmp_pa
 
 @pytest.mark.parametrize("args, message", [
     (["--resolution", 9], "--resolution 9 must be a multiple of 2"),
-    (["--num_images", 11], "--num_images 11: from --first 0 on, .*images has 10 images"),
-    (["--first", 3, "--num_images", 8], "--num_images 8: from --first 3 on, .*images has 7 images"),
-    (["--num_images", 0], "--num_images 0: "),
+    (["--num_images", 11], "--first 0 --num_images 11: .*images has 10 images, numbered 0 to 9"),
+    (["--first", 3, "--num_images", 8], "--first 3 --num_images 8: .*images has 10 images"),
+    (["--num_images", 0], "--first 0 --num_images 0: "),
     (["--first", 500], "--first 500: .*images has 10 images, numbered 0 to 9"),
     (["--first", -1], "--first -1: "),
     (["--num_workers", -1], "--num_workers -1 must be at least 1"),

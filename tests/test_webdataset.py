@@ -134,7 +134,7 @@ def shards(tmp_path):
 
 def test_a_second_opening_reads_no_tar(shards, monkeypatch, capsys):
     first = open_latents(shards)
-    assert "looking through 2 tar files; .tar-offsets.npz beside them keeps what is found" in capsys.readouterr().out
+    assert "looking through 2 tar files; .tar-index.npz beside them keeps what is found" in capsys.readouterr().out
     monkeypatch.setattr(tarfile, "open", None)
     second = open_latents(shards)
     for one, other in zip(first.read(range(6)), second.read(range(6))):
@@ -150,7 +150,7 @@ def test_a_changed_shard_is_looked_through_again(shards):
 
 @pytest.mark.parametrize("content", [b"", b"PK\3\4", b"hello"])
 def test_a_damaged_index_is_made_anew(shards, content):
-    (shards / ".tar-offsets.npz").write_bytes(content)
+    (shards / ".tar-index.npz").write_bytes(content)
     assert len(open_latents(shards)) == 6
 
 

@@ -34,8 +34,8 @@ def write_latents(folder, num_images=23, size=8, num_classes=5):
     plan = Plan(num_images=num_images, sample_shape=shape, dtype="float32", mirrored=False, num_classes=num_classes, class_names=(),
                 scale=0.18215, shift=0.0, vae="", shard_size=12)
     writer = LatentWriter(folder, plan)
-    for shard in range(plan.num_shards):
-        count = len(plan.shard_range(shard))
+    for shard, images in enumerate(plan.shards):
+        count = len(images)
         writer.write(shard, random.standard_normal((count, *shape), np.float32), random.integers(num_classes, size=count))
     writer.finish()
     return folder
