@@ -40,7 +40,6 @@ def parse_arguments(argv=None):
     parser.add_argument("--outdir", help="default: samples/RUN-CHECKPOINT")
     parser.add_argument("--format", choices=("png", "npz", "latents", "none"), default="png",
                         help="images/*.png and labels.csv (default), samples.npz, latents.npz, or none (only the numbers of --ref_path)")
-    parser.add_argument("--no_grid", action="store_true", help="do not draw grid.png of the first images")
     parser.add_argument("--vae", help="the same as vae.path=...: the autoencoder that decodes")
     parser.add_argument("--ref_path", help="reference statistics or images: compute all numbers that it can serve while sampling, into "
                         "metrics.json (eval.metrics=... chooses some, eval.embedding=... another embedding)")
@@ -126,7 +125,7 @@ def sample(args, overrides, seeds):
             bad += batch.bad_seeds
             if evaluator is not None:
                 evaluator.add(batch.images, batch.index)
-            if batch.index == 0 and not args.no_grid and args.format != "latents":
+            if batch.index == 0 and args.format != "latents":
                 shown = 8 * (len(class_idx) or 8)
                 labels = batch.class_labels[:shown].tolist() if class_idx else ()
                 save_by_class(outdir / "grid.png", batch.images[:shown], labels, class_names)

@@ -242,5 +242,4 @@ def save_neighbours(path, source, evaluator, num_samples=8, num_neighbours=5):
     pictures = [np.asarray(Image.fromarray(picture).resize(source.size)) for row in rows for picture in row]
     with told(path), write_whole(path) as temporary:
         save_grid(temporary, np.stack(pictures), labels=[f"{ratio:.2f}" for ratio in ratios],
-                  column_labels=["sample"] + ["real"] * neighbours.shape[1],
-                  title="Nearest real images (0 = copied, about 1 = as new as real images)")
+                  title="Samples (first column) and their nearest real images (0 = copied, about 1 = as new as real images)")

@@ -1,1 +1,1 @@
-"""Everything around the model: configuration, processes, data, checkpoints, the training loop."""
+"""What every room uses: command line, configuration, processes, precision, logging, files, pictures, downloads."""

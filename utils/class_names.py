@@ -31,9 +31,8 @@ def resolve_class(text, class_names):
                or [index for index, name in enumerate(names) if wanted and wanted in name])
     if len(matches) == 1:
         return matches[0]
-    near = matches or [names.index(name) for name in difflib.get_close_matches(wanted, names, n=3)]
-    if not matches and len(class_names) <= FEW:
-        near = range(len(class_names))
+    few = range(len(class_names)) if len(class_names) <= FEW else ()
+    near = matches or few or [names.index(name) for name in difflib.get_close_matches(wanted, names, n=3)]
     listed = ", ".join(f"{class_names[index]} ({index})" for index in near[:FEW]) or "no name is near it"
     raise UserError(f"class {text!r} is {'ambiguous' if matches else 'unknown'}: {listed}{', ...' if len(near) > FEW else ''}; "
                     f"give a name, a part that only one has, or an index from 0 to {len(class_names) - 1}")

@@ -8,7 +8,6 @@ import numpy as np
 
 DPI, MARGIN, FONT_SIZE = 128, 6, 8  # of grids; a power of two, so that pixels are exact in inches; in pixels; in points
 LABEL_LETTERS = 22  # beside a row; longer labels are cut short
-LETTER_WIDTH = 10  # pixels: so many letters fit above a column
 SMALLEST_CELL = 64  # smaller images are enlarged by a whole number
 
 
@@ -37,32 +36,31 @@ def tile(images, columns):
     return make_grid(planes, nrow=columns, padding=0, pad_value=255).permute(1, 2, 0).numpy()
 
 
-def save_grid(path, images, labels=None, column_labels=None, columns=None, title=None):
+def save_grid(path, images, labels=(), columns=None, title=""):
     """Write images (N, H, W, 3) uint8, array or tensor, row by row as one PNG, and return the picture (h, w, 3) uint8.
 
-    labels: one text per row, at the left. column_labels: one text per column, above. Texts too long for their place are cut.
+    labels: one text per row, at the left; long ones are cut. title: a text above.
     columns: images per row; by default as many as give the rows that `labels` names, else a square.
     """
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
     from PIL import Image
 
-    labels, column_labels = labels or [], column_labels or []
     columns = columns or math.ceil(len(images) / len(labels) if labels else math.sqrt(len(images)))
     scale = max(1, math.ceil(SMALLEST_CELL / images.shape[2]))
     grid = tile(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
-    height, width = images.shape[1] * scale, images.shape[2] * scale
+    height = images.shape[1] * scale
     assert len(labels) * height in (0, len(grid)), "one label per row"
-    assert len(column_labels) * width in (0, grid.shape[1]), "one label per column"
 
     # The axes fill the figure and labels lie outside of it, so that one pixel of the grid is one of the picture.
     figure = Figure(figsize=(grid.shape[1] / DPI, len(grid) / DPI), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
     axes.imshow(grid, interpolation="nearest", aspect="auto")
-    axes.set_yticks(height * (np.arange(len(labels)) + 0.5), [_shortened(label, LABEL_LETTERS) for label in labels])
-    axes.set_xticks(width * (np.arange(len(column_labels)) + 0.5), [_shortened(label, width // LETTER_WIDTH) for label in column_labels])
-    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=FONT_SIZE)
-    axes.set_title(title or "", loc="left", fontsize=FONT_SIZE)
+    short = [label if len(label) <= LABEL_LETTERS else label[:LABEL_LETTERS - 1].rstrip() + "…" for label in labels]
+    axes.set_yticks(height * (np.arange(len(labels)) + 0.5), short)
+    axes.set_xticks([])
+    axes.tick_params(length=0, labelsize=FONT_SIZE)
+    axes.set_title(title, loc="left", fontsize=FONT_SIZE)
     drawn = io.BytesIO()
     edges = figure.get_tightbbox().padded(MARGIN / DPI).extents
     figure.savefig(drawn, format="png", bbox_inches=Bbox.from_extents(np.rint(edges * DPI) / DPI))
@@ -93,7 +91,3 @@ def _to_array(images):
     if array.dtype != np.uint8:
         raise ValueError(f"images are {array.dtype}, wanted uint8 (to_uint8 makes it)")
     return array
-
-
-def _shortened(text, letters):
-    return text if len(text) <= letters else text[:letters - 1].rstrip() + "…"
