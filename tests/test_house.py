@@ -8,14 +8,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The most lines that each room may have ("." is the scripts at the top); after "to": what the plan of the house gives it.
 MOST_LINES = {
-    "models": 1030,
+    "models": 993,
     "dataset": 1330,  # to 1,300
     "fid": 1000,
     "sampling": 592,  # to 520
     "training": 1133,  # to 1,000
-    "utils": 1348,
-    ".": 460,
-    "scripts": 330,
+    "utils": 1306,
+    ".": 444,
+    "scripts": 287,
     "benchmarks": 1591,
 }
 MOST_LINES_IN_ALL = 7500  # without benchmarks, experiments and tests; to 7,000
