@@ -92,6 +92,8 @@ def differences(found, wanted):
 def main():
     args, overrides = parse_arguments()
     make_folder(args.json.parent, "--json")
+    # asked at the start: the files may be changed while this runs
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True).stdout.strip()
     import torch
 
     from fid.evaluate import Evaluator
@@ -112,8 +114,7 @@ def main():
     result = {
         "what": "a small network on a CPU; TF32 emulated by rounding the inputs of its products",
         "command": f"python3 -m experiments.precision {' '.join(sys.argv[1:])}",
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True).stdout.strip(),
-        "software": f"python {platform.python_version()}, torch {torch.__version__}", "images": args.images,
+        "commit": commit, "software": f"python {platform.python_version()}, torch {torch.__version__}", "images": args.images,
         "latent_std": samples["float32"][0].std().item(), "arms": found,
         "other_seeds": {"fd": fds, "std": torch.tensor(fds, dtype=torch.float64).std().item(), "range": max(fds) - min(fds)},
         "settings": samples["float32"][2],
