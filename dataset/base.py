@@ -33,10 +33,7 @@ class SampleSet:
         return self.num_images * (2 if self.mirrored else 1)
 
     def read(self, indices):
-        """Samples (n, *sample_shape) and labels (n,) int64.
-
-        Raises IndexError for an index outside the set, UserError (file, key, found, wanted) for damaged data.
-        """
+        """Samples (n, *sample_shape) and labels (n,) int64. Raises UserError (file, key, found, wanted) for damaged data."""
         indices = np.asarray(indices, np.int64)
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"{self.name} has samples 0..{len(self) - 1}, wanted {indices.min()}..{indices.max()}")
@@ -97,8 +94,8 @@ class LatentSet(SampleSet):
             if wish is not None:
                 wish, said = per_channel(name, wish, self.sample_shape[0] // 2), getattr(self, name)
                 if self.says_scale and not np.allclose(wish, said, rtol=1e-5):
-                    raise UserError(f"{name}={wish} is asked for (data.{name}, or --{name} of dataset.convert), but {self.name} says "
-                                    f"{said}; leave it out")
+                    raise UserError(f"{name}={wish} is asked for (data.{name}, or --{name} of dataset.convert), but {self.name} "
+                                    f"says {said}; leave it out")
                 setattr(self, name, wish)
 
     def _look_at_first(self, always_moments=False):
@@ -119,7 +116,7 @@ class LatentSet(SampleSet):
         for image, mirrored in numbers:
             array, where = self._array(image, mirrored)
             if array.shape != wanted or array.dtype != self.dtype:
-                raise UserError(f"{where}: {array.dtype} of shape {array.shape}, wanted {self.dtype} of shape {wanted} as the first")
+                raise UserError(f"{where}: {array.dtype} of shape {array.shape}, the first one is {self.dtype} of shape {wanted}")
             yield np.concatenate([array, np.full_like(array, CERTAIN_LOGVAR)]) if self.holds_latents else array
 
 

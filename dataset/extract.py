@@ -42,8 +42,8 @@ def extract(images, vae, dest, plan, skip_bad=False, num_workers=None):
     """Encode what is still missing of the set at `dest`, each process its share of the shards.
 
     num_workers: threads that decode images ahead (None: one for each processor core of this process).
-    Returns (manifest, [(name, error)] of this process's images that cannot be read). Unless skip_bad, shards with such images stay
-    unwritten and the manifest is then None on every process.
+    Returns (manifest, [(name, error)] of this process's images that cannot be read). Unless skip_bad, shards with such images
+    stay unwritten and the manifest is then None on every process.
     """
     if distributed.is_main():
         LatentWriter(dest, plan)  # begins the set; the others find it begun

@@ -131,10 +131,8 @@ def _open_safetensors(file):
 class SafetensorsLatents(LatentSet):
     """LightningDiT's shards: tensors `latents` (n, C, H, W), `latents_flip` the same, `labels` (n,), in each file.
 
-    float32, float16 and bfloat16 (read as float32) are understood. LightningDiT stores latents before any scaling, and their
-    mean and standard deviation per channel in latents_stats.pt beside the shards. Where that file is there, latents are
-    normalised to a standard deviation of 0.5, as EDM's sigma_data = 0.5 supposes (LightningDiT itself: 1, as its flow matching
-    supposes). Else the scale is 0.18215 unless the user gives another.
+    float32, float16 and bfloat16 (read as float32) are understood. Latents are stored before any scaling. Where latents_stats.pt lies
+    beside the shards (mean and standard deviation per channel), they are normalised to LATENT_STD; LightningDiT itself takes 1.
     """
 
     def __init__(self, path, files):
@@ -180,21 +178,18 @@ class SafetensorsLatents(LatentSet):
 
 
 class FeatureFolderLatents(LatentSet):
-    """fast-DiT's folders: `*_features/NAME.npy` (1, 4, H, W) and `*_labels/NAME.npy` (1,), by the numbers in the names.
-
-    Its latents are already multiplied by 0.18215, so scale is 1 here.
-    """
+    """fast-DiT's folders: `*_features/NAME.npy` (1, 4, H, W) and `*_labels/NAME.npy` (1,), by the numbers in the names."""
 
     def __init__(self, features, labels):
         self.name, self.files, self.label_files = str(features), _files(features, ".npy"), _files(labels, ".npy")
         self.num_images = len(self.files)
         alone = {file.name for file in self.files} ^ {file.name for file in self.label_files}
         if alone:
-            raise UserError(f"{features} and {labels} hold {len(self.files)} and {len(self.label_files)} .npy files, {len(alone)} of them "
-                            f"in only one folder, first {min(alone)}; wanted the same names in both")
+            raise UserError(f"{features} and {labels} hold {len(self.files)} and {len(self.label_files)} .npy files, "
+                            f"{len(alone)} of them in only one folder, first {min(alone)}; wanted the same names in both")
         self._look_at_first()
         if self.holds_latents:
-            self.scale = 1.0
+            self.scale = 1.0  # they are already multiplied by 0.18215
 
     def _array(self, image, mirrored):
         array = read_npy(self.files[image].read_bytes(), self.files[image])
@@ -205,10 +200,7 @@ class FeatureFolderLatents(LatentSet):
 
 
 class ClassFolderLatents(LatentSet):
-    """MAR's folders: CLASS/NAME.npz with `moments` and `moments_flip` (2C, H, W), whatever C; classes are the sorted folders.
-
-    The scale is Stable Diffusion's 0.18215 for a 4-channel VAE and 0.2325, MAR's own, for any other.
-    """
+    """MAR's folders: CLASS/NAME.npz with `moments` and `moments_flip` (2C, H, W), whatever C; classes are the sorted folders."""
 
     def __init__(self, path, folders):
         self.name, self.class_names, self.num_classes = str(path), [folder.name for folder in folders], len(folders)
@@ -220,7 +212,7 @@ class ClassFolderLatents(LatentSet):
             self.holds_mirrored = "moments_flip" in members
         self._look_at_first(always_moments=True)
         if self.sample_shape[0] != MOMENTS_CHANNELS:
-            self.scale = 0.2325
+            self.scale = 0.2325  # of MAR's own VAE
 
     def _array(self, image, mirrored):
         file, key = self.files[image], "moments_flip" if mirrored else "moments"

@@ -48,8 +48,7 @@ class BatchStream:
 
     num_workers: threads that each prepare whole batches (0 counts as 1); decoding images keeps several busy.
     prefetch: batches that one thread keeps ready; each further thread adds one. 0: a batch is read when it is asked for.
-    On a GPU, batches are copied from pinned memory on a stream of their own. An error in a thread is raised when its batch is
-    asked for.
+    On a GPU, batches are copied from pinned memory on a stream of their own. A thread's error is raised when its batch is due.
     """
 
     def __init__(self, dataset, batch_size, seed, rank=0, world_size=1, start=0, device="cpu", num_workers=0, prefetch=2):

@@ -386,9 +386,9 @@ def test_every_way_to_cut_a_tar_is_told(tmp_path):
 def test_sample_of_another_shape_is_told(tmp_path):
     path = write_features(tmp_path / "a")
     np.save(path / "imagenet256_features" / "7.npy", np.zeros((1, 8, 4, 4), np.float32))
-    damaged(path, r"7.npy: float32 of shape \(8, 4, 4\), wanted float32 of shape \(8, 3, 3\) as the first")
+    damaged(path, r"7.npy: float32 of shape \(8, 4, 4\), the first one is float32 of shape \(8, 3, 3\)")
     np.save(path / "imagenet256_features" / "7.npy", MOMENTS[:1].astype(np.float64))
-    damaged(path, r"7.npy: float64 of shape \(8, 3, 3\), wanted float32")
+    damaged(path, r"7.npy: float64 of shape \(8, 3, 3\), the first one is float32")
     np.save(path / "imagenet256_features" / "0.npy", MOMENTS[:1].astype(np.float64))
     damaged(path, r"0.npy: float64 of shape \(8, 3, 3\), wanted float16 or float32")
 
