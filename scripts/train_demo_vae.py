@@ -15,6 +15,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from utils.cli import run
+
 STEPS, BATCH, PEAK_LR = 5000, 32, 2e-3
 KL_WEIGHT = 1e-4         # times the mean KL per latent value, in nats
 SCALE = 0.18215          # the scaling factor of latent diffusion
@@ -109,7 +111,7 @@ def reconstruct(autoencoder, grey, batch_size=500):
     """Decode the posterior means of grey (N, 32, 32) uint8; returns float32 (N, 3, 32, 32) clipped to [-1, 1]."""
     import torch
 
-    means = [autoencoder.encode_moments(to_input(batch)).chunk(2, dim=1)[0] for batch in grey.split(batch_size)]
+    means = (autoencoder.encode_moments(to_input(batch)).chunk(2, dim=1)[0] for batch in grey.split(batch_size))
     return torch.cat([autoencoder.decode(autoencoder.scale * (mean - autoencoder.shift)).clamp(-1, 1) for mean in means])
 
 
@@ -153,6 +155,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from utils.cli import run
-
     run(main)

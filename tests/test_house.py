@@ -13,9 +13,9 @@ MOST_LINES = {
     "fid": 1000,
     "sampling": 592,  # to 520
     "training": 1133,  # to 1,000
-    "utils": 1306,
+    "utils": 1300,
     ".": 444,
-    "scripts": 287,
+    "scripts": 283,
     "benchmarks": 1595,
 }
 MOST_LINES_IN_ALL = 7500  # without benchmarks, experiments and tests; to 7,000

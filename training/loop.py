@@ -23,7 +23,7 @@ from utils import distributed
 from utils.cli import EXIT_BAD, EXIT_OTHER_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from utils.config import to_dict
 from utils.logging import Progress, RunLog
-from utils.precision import autocast, compile_options, effective_amp, run_uncompiled, use_compile
+from utils.precision import autocast, compile_options, effective_amp, use_compile
 
 
 class TrainState:
@@ -268,7 +268,7 @@ def prepare_model(state, loss, log):
             failure = " ".join(str(error).split("\n")[:2])  # which backend, and what it raised; then come pages
         failures = [text for text in distributed.all_gather_object(failure) if text is not None]
         if failures:
-            run_uncompiled()
+            torch.compiler.set_stance("force_eager")  # blocks that were compiled run as they are
             state.optimizer.zero_grad(set_to_none=True)
             log.say(f"going on without compiled blocks, because torch.compile failed ({failures[0]}); train.compile=true shows all of it")
     model = distributed.data_parallel(net, static_graph=train.grad_accum == 1)

@@ -70,18 +70,17 @@ def save_grid(path, images, labels=(), columns=None, title=""):
     return np.asarray(picture)
 
 
-def plot_curves(path, series, xlabel, ylabel, title=None):
-    """Write line curves as PNG. series: {name: (x values, y values)}; the names are the legend (None: one curve, no legend)."""
+def plot_curves(path, series, xlabel, ylabel, title):
+    """Write line curves as PNG. series: {name: (x values, y values)}; the names are the legend."""
     from matplotlib.figure import Figure
 
     # not pyplot, which keeps global state and wants a window system
     figure = Figure(figsize=(7.5, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title or "")
+    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel, title=title)
     for name, (x, y) in series.items():
         axes.plot(x, y, label=name, linewidth=1.5, marker="o" if len(x) == 1 else None)
     axes.grid(alpha=0.3)
-    if any(name is not None for name in series):
-        axes.legend()
+    axes.legend()
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 

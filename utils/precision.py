@@ -85,11 +85,6 @@ def use_compile(setting, device):
     return device.type == "cuda" if setting == "auto" else setting
 
 
-def run_uncompiled():
-    """From now on blocks that were compiled run as they are."""
-    torch.compiler.set_stance("force_eager")
-
-
 def compile_options(train):
     """Arguments of torch.compile for blocks that are trained as a TrainConfig says.
 
