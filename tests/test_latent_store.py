@@ -220,6 +220,7 @@ def test_skipped_images_shorten_their_shard_only(tmp_path):
     writer.write(1, none, labels[:0], none, skipped=["4.jpg", "5.jpg", "6.jpg", "7.jpg"])
     write_shards(writer)
     manifest = writer.finish()
+    assert LatentWriter(tmp_path / "set", make_plan()).pending() == []  # the same command again finds it finished
     latents = open_latents(tmp_path / "set", xflip=True)
     kept = [0, 3, 8, 9, 10]
     assert len(manifest["skipped"]) == 6 and len(latents) == 2 * len(kept)
@@ -267,6 +268,21 @@ def test_file_cut_short_or_missing_is_told_at_open(tmp_path, name):
     file.unlink()
     with pytest.raises(ValueError, match=f"{name} cannot be read: No such file"):
         StoredLatents(tmp_path / "set")
+
+
+def test_file_cut_short_while_it_is_read_is_told(tmp_path):
+    latents = StoredLatents(write_set(tmp_path / "set"))
+    latents.read([0])
+    os.truncate(tmp_path / "set" / "moments-00000.npy", 200)
+    with pytest.raises(UserError, match="moments-00000.npy is cut short: 200 bytes, wanted "):
+        latents.read([0])
+
+
+def test_an_open_set_keeps_no_file_of_labels_open(tmp_path):
+    """ImageNet has 313 shards, and a process may often open no more than 1,024 files."""
+    path, before = write_set(tmp_path / "set", shard_size=1), len(os.listdir("/proc/self/fd"))
+    latents = StoredLatents(path)
+    assert len(latents) == 11 and len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def test_header_that_contradicts_the_manifest_is_told(tmp_path):

@@ -1,5 +1,6 @@
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from dataset.formats import open_latents
 from dataset.images import open_images
-from dataset.stream import BatchStream, stream_indices
+from dataset.stream import BatchStream, read_ahead, stream_indices
 from dataset.store import LatentWriter, Plan
 
 FASHION_MNIST = Path(__file__).parents[1] / "assets" / "fashion-mnist" / "t10k-images-idx3-ubyte.gz"
@@ -115,6 +116,17 @@ def test_without_prefetch_a_batch_is_read_when_it_is_asked_for(num_workers):
         for count in range(1, 6):
             next(stream)
             assert dataset.num_read == count
+
+
+@pytest.mark.parametrize("depth", [0, 3])
+def test_reading_ahead_goes_as_far_as_it_is_told(depth):
+    asked = []
+    with ThreadPoolExecutor(1) as pool:
+        results = read_ahead(pool, lambda item: asked.append(item) or item, range(9), depth)
+        assert next(results) == 0
+        pool.submit(int).result()  # what was submitted before is done now
+        assert asked == list(range(depth + 1))
+        assert list(results) == list(range(1, 9))
 
 
 def test_labels_belong_to_their_samples_and_are_int64():
