@@ -99,6 +99,8 @@ def count_paper():
 
 def check_costs(setting):
     """Raise UserError if the setting does not say which steps to measure."""
+    from benchmarks.work import count_weights
+
     for key in ("sides", "widths"):
         numbers = setting.costs.get(key)
         if not isinstance(numbers, list) or not numbers or not all(isinstance(number, int) and number > 0 for number in numbers):
@@ -107,7 +109,7 @@ def check_costs(setting):
     if not isinstance(tokens, int) or tokens < 1:
         raise UserError(f"costs.tokens_per_step={tokens} of the setting {setting.name}: wanted a number above 0")
     for side, width in itertools.product(setting.costs["sides"], setting.costs["widths"]):
-        _step_config(side, width, 1, setting.amp, *ARMS["masked"])
+        count_weights(_step_config(side, width, 1, setting.amp, *ARMS["masked"]))  # the network checks its sizes when it is made
 
 
 def main(argv=None):
