@@ -4,8 +4,9 @@
 
 FLOPs are counted by torch on the config's network; so is what torch keeps for the backward pass, to which memory adds what every weight
 needs. Time is FLOPs over the GPU's peak times --utilisation. The default, 0.35, is what the paper's own run reached (MaskDiT with AMP,
-2.16 steps/s of 1024 images on 8 A100); its other runs reached 0.23 to 0.44. With few images per GPU (16 of XL/2) a step waits
-for the optimizer and for gradients, and the time is too short. Slow data, slow links and evaluations are not in the arithmetic either.
+2.16 steps/s of 1024 images on 8 A100); its other runs reached 0.23 to 0.44. A step takes no less than the host needs to launch its kernels,
+which is all of it with few images per GPU (below 60 of XL/2 on an H100). Optimizer, slow data, slow links and evaluations are not in the
+arithmetic.
 """
 
 from benchmarks.common import make_parser, report, start
@@ -21,7 +22,10 @@ STATE_BYTES = 4 + 8 + 4  # per weight: itself, AdamW's two moments, EMA
 GRADIENT_BYTES = 4       # per weight
 CONTEXT_GB = 1.0         # CUDA context, cuBLAS workspace, fragmentation
 COMPILED_KEEPS = {"no": 0.85, "fp16": 0.75, "bf16": 0.75}  # of eager's activations, counted on compiled graphs (a test holds it)
-COLUMNS = ("gpus", "batch", "GFLOP/image", "steps/s", "img/s per GPU", "GB", "fits", "GB sent per step", "hours", "$")
+# kernels of a step, counted by benchmarks/launches.py: of each block, and of all the rest; eager, then compiled
+LAUNCHES = {"no": ((67, 232), (43, 212)), "fp16": ((109, 270), (58, 262)), "bf16": ((109, 270), (58, 262))}
+HOST_S = 28e-6  # of one EPYC core for a launch: it took 61 to 75 ms for 2,430 compiled ones, 100 to 160 ms for 4,280 eager ones
+COLUMNS = ("gpus", "batch", "GFLOP/image", "host ms", "steps/s", "img/s per GPU", "GB", "fits", "GB sent per step", "hours", "$")
 
 
 def parse_arguments(argv=None):
@@ -44,10 +48,10 @@ def parse_arguments(argv=None):
 
 
 def count(config):
-    """What the network needs: {"weights", "flops" of one image, "kept_per_image" and "kept_copies": bytes for the backward pass}.
+    """What the network needs: {"weights", "flops" of one image, "launches" of a round, "kept_per_image" and "kept_copies": bytes}.
 
     flops: forward and backward at the mean mask ratio of the run, what is computed again included.
-    kept_copies: of the weights in half precision, for any batch.
+    kept_per_image, kept_copies: for the backward pass, and of them those of the weights in half precision, for any batch.
     """
     from benchmarks.work import count_weights, kept_bytes, model_flops
     from training.optim import mask_ratio
@@ -61,7 +65,9 @@ def count(config):
         per_image = inputs + per_image / blocks
     elif train.compile is not False:  # auto compiles on all of these GPUs
         per_image *= COMPILED_KEEPS[train.amp]
-    return {"weights": count_weights(config), "flops": flops, "kept_per_image": per_image, "kept_copies": copies}
+    per_block, rest = LAUNCHES[train.amp][train.compile is not False]
+    launches = rest + blocks * per_block * (4 / 3 if train.activation_checkpointing else 1)
+    return {"weights": count_weights(config), "flops": flops, "launches": launches, "kept_per_image": per_image, "kept_copies": copies}
 
 
 def memory_gb(train, work, num_gpus):
@@ -76,14 +82,21 @@ def memory_gb(train, work, num_gpus):
     return (work["weights"] * STATE_BYTES + both) / 1e9 + CONTEXT_GB
 
 
+def compute_seconds(train, work, name, utilisation):
+    """Time of a step's FLOPs on one GPU at a share of its peak."""
+    half, tf32, _ = GPUS[name]
+    return train.batchsize * work["flops"] / (1e12 * (tf32 if train.amp == "no" else half) * utilisation)
+
+
 def run_row(train, work, name, num_gpus, utilisation, price):
     """Table row of a whole run on num_gpus GPUs of one kind, train.batchsize images on each."""
-    half, tf32, gibibytes = GPUS[name]
-    seconds = train.batchsize * work["flops"] / (1e12 * (tf32 if train.amp == "no" else half) * utilisation)
+    host, gibibytes = HOST_S * train.grad_accum * work["launches"], GPUS[name][2]
+    seconds = max(host, compute_seconds(train, work, name, utilisation))
     hours, memory = train.max_num_steps * seconds / 3600, memory_gb(train, work, num_gpus)
     sent = 2 * (num_gpus - 1) / num_gpus * GRADIENT_BYTES * work["weights"]  # by each GPU, in a ring
-    return dict(zip(COLUMNS, (f"{num_gpus} {name}", train.batchsize * num_gpus, work["flops"] / 1e9, 1 / seconds, train.batchsize / seconds,
-                              memory, "yes" if memory < gibibytes * 2**30 / 1e9 else "no", sent / 1e9, hours, hours * num_gpus * price)))
+    values = (f"{num_gpus} {name}", train.batchsize * num_gpus, work["flops"] / 1e9, 1e3 * host, 1 / seconds, train.batchsize / seconds,
+              memory, "yes" if memory < gibibytes * 2**30 / 1e9 else "no", sent / 1e9, hours, hours * num_gpus * price)
+    return dict(zip(COLUMNS, values))
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ MOST_LINES = {
     "utils": 1300,
     ".": 444,
     "scripts": 283,
-    "benchmarks": 1595,
+    "benchmarks": 1792,
 }
 MOST_LINES_IN_ALL = 7500  # without benchmarks, experiments and tests; to 7,000
 LONGEST_FILE = 350
