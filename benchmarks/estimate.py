@@ -18,7 +18,7 @@ from utils.config import load_config
 GPUS = {"a100": (312, 156, 80), "h100": (989, 494.5, 80), "h200": (989, 494.5, 141), "l40s": (362, 183, 48), "4090": (165, 82.6, 24),
         "3090": (71, 35.6, 24)}
 UTILISATION = 0.35       # share of the peak that a step reaches: see above
-STATE_BYTES = 4 + 8 + 4  # per weight: itself, AdamW's two moments, EMA
+STATE_BYTES = 8 + 4      # per weight: AdamW's two moments, EMA; train.shard divides them by the number of GPUs
 GRADIENT_BYTES = 4       # per weight
 CONTEXT_GB = 1.0         # CUDA context, cuBLAS workspace, fragmentation
 COMPILED_KEEPS = {"no": 0.85, "fp16": 0.75, "bf16": 0.75}  # of eager's activations, counted on compiled graphs (a test holds it)
@@ -79,7 +79,8 @@ def memory_gb(train, work, num_gpus):
     kept = train.batchsize // train.grad_accum * work["kept_per_image"] + work["kept_copies"]
     gradients = work["weights"] * GRADIENT_BYTES
     both = kept + gradients if num_gpus > 1 or train.grad_accum > 1 else max(kept, gradients)
-    return (work["weights"] * STATE_BYTES + both) / 1e9 + CONTEXT_GB
+    state = work["weights"] * (4 + STATE_BYTES / (num_gpus if train.shard else 1))
+    return (state + both) / 1e9 + CONTEXT_GB
 
 
 def compute_seconds(train, work, name, utilisation):

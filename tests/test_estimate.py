@@ -118,6 +118,8 @@ def test_gradients_and_activations_share_memory_unless_gradients_stay():
     assert estimate.memory_gb(train, work, 1) == 16 + 4 + estimate.CONTEXT_GB  # 1 GB of activations is less than the gradients
     assert estimate.memory_gb(train, work, 8) == 16 + 4 + 1 + estimate.CONTEXT_GB
     assert estimate.memory_gb(config("train.batchsize=10", "train.grad_accum=2").train, work, 1) == 16 + 4 + 0.5 + estimate.CONTEXT_GB
+    sharded = config("train.batchsize=10", "train.shard=true").train
+    assert estimate.memory_gb(sharded, work, 8) == 4 + 12 / 8 + 4 + 1 + estimate.CONTEXT_GB
 
 
 def test_the_paper_is_met_in_memory_and_reached_the_stated_utilisation():
