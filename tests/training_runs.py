@@ -2,7 +2,7 @@
 
 `Runs` starts one server process that has imported everything and never computes; it forks a child for each process of a
 run, which executes the main of train_latent.py with real signals, real files and real gloo. A child can be told to kill
-itself (SIGKILL) at a chosen point, the n-th time that it comes by.
+itself and the others (SIGKILL) at a chosen point, the n-th time that it comes by.
 """
 
 import json
@@ -156,20 +156,23 @@ def _execute(order):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     open(order["log"], "w").close()
-    children = [_fork(order, rank, port) for rank in range(order["processes"])]
+    children = []
+    for rank in range(order["processes"]):
+        children.append(_fork(order, rank, port, children[0] if children else 0))
     codes, started = {}, time.monotonic()
     while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank not in codes and (done := os.waitpid(child, os.WNOHANG))[0]:
                 codes[rank] = os.waitstatus_to_exitcode(done[1])
         alive = [child for rank, child in enumerate(children) if rank not in codes]
-        if -signal.SIGKILL in codes.values():
-            order["send"], order["after_s"] = signal.SIGKILL, 0  # a power cut ends all processes
         if alive and any(codes.values()) and not order["send"]:
             order["send"], order["after_s"] = signal.SIGKILL, time.monotonic() - started + STRAGGLERS_S
         if order["send"] and _due(order, time.monotonic() - started):
-            for child in alive:
-                os.kill(child, order["send"])
+            if order["send"] == signal.SIGKILL:
+                os.killpg(children[0], signal.SIGKILL)  # at once, as a power cut: one by one, the next would see the first one gone
+            else:
+                for child in alive:
+                    os.kill(child, order["send"])
             order["after_s"], order["again_s"] = order["again_s"] and time.monotonic() - started + order["again_s"], None
             if order["after_s"] is None:
                 order["send"] = None
@@ -184,12 +187,13 @@ def _due(order, elapsed):
     return os.path.exists(file) and Path(file).read_bytes().count(b"\n") >= lines
 
 
-def _fork(order, rank, port):
+def _fork(order, rank, port, group):
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        os.setpgid(0, group)
         output = os.open(order["log"], os.O_WRONLY | os.O_APPEND)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(output, 1)
@@ -238,7 +242,7 @@ def _arm(point, count):
     from utils.cli import UserError
 
     def die(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(0, signal.SIGKILL)  # all processes of the run
 
     def half_a_line(log, step, values):
         log.metrics_file.write(b'{"step": 7, "lo')
