@@ -79,8 +79,7 @@ def memory_gb(train, work, num_gpus):
     kept = train.batchsize // train.grad_accum * work["kept_per_image"] + work["kept_copies"]
     gradients = work["weights"] * GRADIENT_BYTES
     both = kept + gradients if num_gpus > 1 or train.grad_accum > 1 else max(kept, gradients)
-    state = work["weights"] * (4 + STATE_BYTES / (num_gpus if train.shard else 1))
-    return (state + both) / 1e9 + CONTEXT_GB
+    return (work["weights"] * (4 + STATE_BYTES / (num_gpus if train.shard else 1)) + both) / 1e9 + CONTEXT_GB
 
 
 def compute_seconds(train, work, name, utilisation):
