@@ -150,7 +150,7 @@ def count(config, compiled=False):
             latents = torch.empty(train.batchsize, model.in_channels, model.in_size, model.in_size)
             labels = torch.empty(train.batchsize, dtype=torch.int64) if model.num_classes else None
         if compiled:
-            net.compile_blocks(**compile_options(train))
+            net.compile_blocks(**compile_options(train) | {"dynamic": False})  # a schedule is counted at its first mask ratio
         state, loss = TrainState(net, config, device), make_loss(train, net)
         for _ in range(2):  # the first step compiles, and makes AdamW's moments
             counter.launches.clear()
