@@ -289,15 +289,22 @@ def test_folder_without_checkpoints_has_none(tmp_path):
     assert find_latest(tmp_path) is None
 
 
-def test_checkpoint_copied_without_its_manifest_is_passed_over_and_said(tmp_path, capsys):
+def test_checkpoint_copied_without_its_manifest_is_read_completely_and_gets_one(tmp_path, capsys):
     for step in (3, 5):
-        write_checkpoint(tmp_path / f"000000{step}.pt", state(step))
+        write_checkpoint(tmp_path / f"000000{step}.pt", state(step) | {"stepper": {}})
+        (tmp_path / f"000000{step}.json").unlink()
+    assert find_latest(tmp_path) == tmp_path / "0000005.pt"
+    assert "0000005.pt has no manifest; it was read completely, is whole, and gets one" in capsys.readouterr().out
+    assert damage(tmp_path / "0000005.pt") is None and json.loads((tmp_path / "0000005.json").read_text())["step"] == 5
+    assert not (tmp_path / "0000003.json").exists()
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(path.read_bytes()[:-30]), lambda path: path.rename(path.with_name("0000009.pt")),
+                                   lambda path: torch.save({"model": state(5)["model"]}, path)], ids=["cut", "other step", "published"])
+def test_nothing_is_begun_anew_beside_a_checkpoint_without_a_manifest_that_is_of_no_use(tmp_path, capsys, spoil):
+    write_checkpoint(tmp_path / "0000005.pt", state(5) | {"stepper": {}})
     (tmp_path / "0000005.json").unlink()
-    assert find_latest(tmp_path) == tmp_path / "0000003.pt"
-    assert "0000005.pt is passed over: it has no manifest (0000005.json) beside it" in capsys.readouterr().out
-
-
-def test_nothing_is_begun_anew_beside_a_checkpoint_without_a_manifest(tmp_path, capsys):
-    torch.save({"model": state(5)["model"]}, tmp_path / "0000005.pt")  # as the published code leaves them
-    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged .*; restore one with its .json, or move .*, or at one of them by --ckpt"):
+    spoil(tmp_path / "0000005.pt")
+    with pytest.raises(UserError, match=r"all checkpoints in .* are damaged .*; restore one with its .json, or move the folder away"):
         find_latest(tmp_path)
+    assert "is passed over: " in capsys.readouterr().out

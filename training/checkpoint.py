@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from sampling.load import damage, first_line, manifest_path
+from sampling.load import damage, first_line, manifest_path, read_checkpoint
 from utils.cli import UserError
-from utils.files import make_folder, write_whole
+from utils.files import file_sha256, make_folder, write_whole
 from utils.logging import say
 
 ALIGNMENT = 64  # bytes, as torch aligns its own memory
@@ -32,7 +32,7 @@ def find_latest(folder):
     """
     damaged = []
     for path in reversed(_steps_in(folder)):
-        problem = damage(path) if manifest_path(path).is_file() else f"it has no manifest ({manifest_path(path).name}) beside it"
+        problem = damage(path) or (None if manifest_path(path).is_file() else _adopt(path))
         if problem is None:
             return path
         say(f"checkpoint {path} is passed over: {problem}")
@@ -40,6 +40,20 @@ def find_latest(folder):
     if damaged:
         raise UserError(f"all checkpoints in {folder} are damaged ({', '.join(damaged)}); restore one with its .json, or move the folder "
                         f"away to begin at the first step, or at one of them by --ckpt_path")
+    return None
+
+
+def _adopt(path):
+    """Write the manifest of a checkpoint that was copied without it; returns what is wrong with the file, or None."""
+    try:
+        content = read_checkpoint(path)
+    except UserError as error:
+        return f"it has no manifest ({manifest_path(path).name}), and {error}"
+    step = content.get("step")
+    if step != int(path.stem) or "stepper" not in content:
+        return f"it has no manifest ({manifest_path(path).name}) and is none that a run could go on from; see --ckpt_path"
+    say(f"checkpoint {path} has no manifest; it was read completely, is whole, and gets one")
+    _write_manifest(path, path.stat().st_size, file_sha256(path), step)
     return None
 
 
@@ -158,13 +172,12 @@ def write_checkpoint(path, state):
                 torch.save(state, hashing)
             except RuntimeError as error:  # PyTorch's writer buries the disk's error under one of its own
                 raise hashing.error or error
-        manifest = {"file": path.name, "size": temporary.stat().st_size, "sha256": hashing.digest.hexdigest(), "step": state.get("step"),
-                    "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-        _write_manifest(manifest_path(path), manifest)
+        _write_manifest(path, temporary.stat().st_size, hashing.digest.hexdigest(), state.get("step"))
 
 
-def _write_manifest(path, manifest):
-    with write_whole(path) as temporary:
+def _write_manifest(path, size, sha256, step):
+    manifest = {"file": path.name, "size": size, "sha256": sha256, "step": step, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    with write_whole(manifest_path(path)) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1))
 
 
