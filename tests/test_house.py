@@ -12,7 +12,7 @@ MOST_LINES = {
     "dataset": 1318,  # to 1,300
     "fid": 1000,
     "sampling": 592,  # to 520
-    "training": 1128,  # to 1,000
+    "training": 1141,  # to 1,000
     "utils": 1300,
     ".": 444,
     "scripts": 283,
