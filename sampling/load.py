@@ -43,8 +43,7 @@ def load_checkpoint(path):
 def read_checkpoint(path):
     """A checkpoint as a dict, ours or a published one. Its tensors are mapped from the file: to keep them, copy them.
 
-    Only tensors, plain containers and argparse.Namespace (the published `args`) are let in. Raises UserError saying what is
-    wrong with the file.
+    Only tensors, plain containers and argparse.Namespace (the published `args`) are let in. Raises UserError for all else.
     """
     path = Path(path)
     try:

@@ -35,8 +35,8 @@ def settings_of(config, ckpt_path, which, class_idx, decode):
 def claim_folder(outdir, settings):
     """Make the folder for samples of these settings and note them in its settings.json. One process calls this.
 
-    Raises UserError if the folder cannot be written, or holds samples of other settings
-    or other files. The checkpoint's path may change, and the autoencoder if all samples so far are latents.
+    Raises UserError if it cannot be written, or holds other files or samples of other settings. The checkpoint's path may differ,
+    and the autoencoder if all samples so far are latents.
     """
     outdir = make_folder(outdir, "--outdir")
     note = outdir / "settings.json"
@@ -76,29 +76,27 @@ class Output:
         return self._in_folder() | set(self._in_npz("seeds"))
 
     def write(self, batch):
-        """Write the samples of a Batch that are finite, each whole or not at all; every process writes its own."""
+        """Write the finite samples of a Batch, each whole or not at all. Every process writes its own."""
         if self.format == "none":
             return
         values = batch.latents.cpu().numpy() if self.format == "latents" else batch.images
         self.folder.mkdir(exist_ok=True)
         for seed, value in zip(batch.seeds, values):
-            if seed not in batch.bad_seeds:
-                self._write_one(self._path(seed), value)
-
-    def _write_one(self, path, value):
-        unfinished = path.with_suffix(".tmp")
-        try:
-            with open(unfinished, "wb") as stream:
-                np.save(stream, value) if self.npz else save_png(stream, value)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+            if seed in batch.bad_seeds:
+                continue
+            unfinished = self._path(seed).with_suffix(".tmp")
+            try:
+                with open(unfinished, "wb") as stream:
+                    np.save(stream, value) if self.npz else save_png(stream, value)
+                unfinished.replace(self._path(seed))
+            finally:
+                unfinished.unlink(missing_ok=True)
 
     def finish(self, classes_of, class_names):
         """Pack the .npz, or write labels.csv; one process calls this at the end. classes_of(seeds): their classes, or None."""
         if self.npz:
             self._pack(classes_of)
-        elif self.format == "png":
+        elif self.format == "png" and classes_of([]) is not None:
             self._write_labels(classes_of, class_names)
 
     def _path(self, seed):
@@ -118,14 +116,11 @@ class Output:
             raise UserError(f"{self.npz} is damaged, or another program's; give another --outdir, or delete it") from error
 
     def _write_labels(self, classes_of, class_names):
-        seeds, path = sorted(self._in_folder()), self.outdir / "labels.csv"
-        classes = classes_of(seeds)
-        if classes is None:
-            return
-        with write_whole(path) as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as stream:
+        seeds = sorted(self._in_folder())
+        with write_whole(self.outdir / "labels.csv") as unfinished, open(unfinished, "w", newline="", encoding="utf-8") as stream:
             table = csv.writer(stream)
             table.writerow(("file", "seed", "class", "name"))
-            for seed, index in zip(seeds, classes):
+            for seed, index in zip(seeds, classes_of(seeds)):
                 table.writerow((f"images/{self._path(seed).name}", seed, index, class_name(index, class_names)))
 
     def _pack(self, classes_of):
