@@ -25,21 +25,22 @@ NO_IMAGES = "needs reference images and {} holds statistics only (no arr_0); giv
 class Reference:
     """What samples are compared with: stored statistics (an ADM batch, an EDM npz, our own file), an image set, or both.
 
-    reference: path of either, or an array (N, H, W, 3) uint8. Raises UserError if stored statistics are not of the embedding's features.
+    reference: path of either, or an array (N, H, W, 3) uint8.
     """
 
-    def __init__(self, reference, embedding):
-        self.name, self.embedding = "array" if hasattr(reference, "shape") else str(reference), embedding
+    def __init__(self, reference):
+        self.name = "array" if hasattr(reference, "shape") else str(reference)
         self.gaussians, self.settings = load_statistics(reference) if self.name.endswith(".npz") else ({}, {})
         self.stored = "pool" in self.gaussians
         self.images = Source(reference) if not self.stored or holds(reference, "arr_0") else None
         self.num_images = self.settings.get("num_images") if self.stored else len(self.images)  # None if the file does not say
         self.pool, self.positions = (), None  # features (M, d) of some of the images, and which ones those are (M,)
-        if self.stored:
-            self._check_stored()
 
-    def _check_stored(self):
-        """Raise UserError unless the stored statistics are of this embedding's features."""
+    def use(self, embedding):
+        """Compare this embedding's features. Raises UserError if stored statistics are of others."""
+        self.embedding = embedding
+        if not self.stored:
+            return
         name, ours = self.embedding.name, self.embedding.settings.get("weights_sha256")
         made_with, theirs = self.settings.get("embedding", "inception"), self.settings.get("weights_sha256", ours)  # ADM and EDM do not say
         if made_with != name:
@@ -81,8 +82,9 @@ class Evaluator:
 
     def __init__(self, reference, metrics=None, embedding="inception", weights=None, num_images=None, interval=False,
                  keep_features=False, batch_size=64, seed=0, conversion="floor((x + 1) * 127.5)"):
+        self.reference = Reference(reference)  # opened before the embedding: a missing file is told at once
         self.embedding = make_embedding(embedding, weights) if isinstance(embedding, str) else embedding
-        self.reference = Reference(reference, self.embedding)
+        self.reference.use(self.embedding)
         self.metrics, self.skipped = choose_metrics(metrics, self.embedding.name, self.reference)
         check_counts(self.metrics, interval, num_images, self.reference)
         if keep_features and self.reference.images is None:
