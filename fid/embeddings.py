@@ -66,7 +66,7 @@ class Inception(Embedding):
         super().__init__(device)
         from fid import inception  # torchvision takes more than a second to import
         net = inception.make_network()
-        load_weights(net, weights, "get it with `python3 download_assets.py --name inception`, or give its place with --weights",
+        load_weights(net, weights, "get it with `python3 download_assets.py --name inception`, or name it as eval.weights (fid: --weights)",
                      "give the FID Inception file pt_inception-2015-12-05-6726825d.pth")
         self.net = net.float().to(self.device, memory_format=torch.channels_last).requires_grad_(False)
         self.class_weight = self.net.fc.weight  # (1008, 2048); IS uses no bias
@@ -115,14 +115,14 @@ class Classifier(Embedding):
         super().__init__(device)
         path = os.path.join(folder, "model.safetensors")
         self.net = ClassifierNet().eval().requires_grad_(False)
-        load_weights(self.net, path, "train the classifier with `python scripts/train_demo_classifier.py`")
+        load_weights(self.net, path, "train the classifier with `python3 scripts/train_demo_classifier.py --data FOLDER`")
         self.net.to(self.device)
         self.settings = {"resize": "none", "weights_sha256": file_sha256(path)}
 
     def _taps(self, images):
         if tuple(images.shape[1:3]) != (32, 32):
             raise UserError(f"classifier: images are {images.shape[1]}x{images.shape[2]}, wanted 32x32 as in the demo; "
-                            "for other images use --embedding inception")
+                            "for other images use the embedding inception")
         grey = images.float().mean(3)[:, None] / 255  # (B, 1, 32, 32)
         return {"pool": self.net.trunk(grey)}
 
@@ -144,9 +144,9 @@ class Timm(Embedding):
             self.name, self.net = name, timm.create_model(name, pretrained=not weights)
         except Exception as error:  # the hub client raises many kinds
             raise UserError(f"embedding {name}: its pretrained weights could not be fetched ({type(error).__name__}); "
-                            "give a local checkpoint of the model with --weights FILE") from error
+                            "give a local checkpoint of the model: eval.weights (fid: --weights)") from error
         if weights:
-            load_weights(self.net, weights, f"--weights wants a checkpoint of the timm model {name}")
+            load_weights(self.net, weights, f"wanted a checkpoint of the timm model {name}")
         self.net.reset_classifier(0)
         self.net.to(self.device).eval()
         config = timm.data.resolve_model_data_config(self.net)

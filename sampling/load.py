@@ -208,6 +208,7 @@ def prepare_network(net, config, device):
     if amp != "no":
         net.cast_layers(DTYPES[amp])
     if use_compile(config.compile, device):
+        say("compiling the blocks: about 1 minute on the first batch")
         net.compile_blocks()  # for the first batch size; the next size recompiles once, for all sizes
 
 

@@ -166,7 +166,7 @@ def test_wrong_layout_or_dtype_is_told(extractor, images, message):
 
 
 def test_missing_weights_name_the_download_command(tmp_path):
-    with pytest.raises(ValueError, match="python3 download_assets.py --name inception"):
+    with pytest.raises(ValueError, match=r"python3 download_assets.py --name inception`, or name it as eval.weights \(fid: --weights"):
         embeddings.Inception(tmp_path / "nothing.pth", "cpu")
 
 

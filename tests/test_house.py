@@ -11,7 +11,7 @@ MOST_LINES = {
     "models": 993,
     "dataset": 1318,  # to 1,300
     "fid": 1000,
-    "sampling": 586,  # to 520
+    "sampling": 587,  # to 520
     "training": 1141,  # to 1,000
     "utils": 1300,
     ".": 444,
