@@ -62,8 +62,8 @@ def test_grid_holds_the_enlarged_images_at_the_lower_right(tmp_path, images):
 
 
 def test_grid_is_no_larger_than_it_needs_to_be(tmp_path, images):
-    for count, columns, wanted in ((6, 6, (4 * 13, 6 * 65)), (1, 8, (4 * 13, 65)), (5, None, (2 * 4 * 13, 3 * 65))):
-        picture = save_grid(tmp_path / "grid.png", images[:count], columns=columns)
+    for count, wanted in ((1, (4 * 13, 65)), (5, (2 * 4 * 13, 3 * 65)), (2, (4 * 13, 2 * 65))):
+        picture = save_grid(tmp_path / "grid.png", images[:count])
         assert picture.shape == (wanted[0] + 12, wanted[1] + 12, 3)  # a margin of 6 all round
 
 
@@ -100,7 +100,7 @@ def test_a_long_title_widens_the_picture_rather_than_being_cut(tmp_path, images)
 
 def test_labels_that_do_not_fit_are_a_bug_of_the_caller(tmp_path, images):
     with pytest.raises(AssertionError, match="one label per row"):
-        save_grid(tmp_path / "grid.png", images, labels=["a", "b"], columns=2)
+        save_grid(tmp_path / "grid.png", images, labels=["a", "b", "c", "d"])
 
 
 def test_plot_curves_draws_each_series_in_its_own_colour(tmp_path):

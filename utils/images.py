@@ -36,17 +36,16 @@ def tile(images, columns):
     return make_grid(planes, nrow=columns, padding=0, pad_value=255).permute(1, 2, 0).numpy()
 
 
-def save_grid(path, images, labels=(), columns=None, title=""):
+def save_grid(path, images, labels=(), title=""):
     """Write images (N, H, W, 3) uint8, array or tensor, row by row as one PNG, and return the picture (h, w, 3) uint8.
 
-    labels: one text per row, at the left; long ones are cut. title: a text above.
-    columns: images per row; by default as many as give the rows that `labels` names, else a square.
+    labels: one text per row, at the left; long ones are cut. Without labels the grid is a square. title: a text above.
     """
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
     from PIL import Image
 
-    columns = columns or math.ceil(len(images) / len(labels) if labels else math.sqrt(len(images)))
+    columns = math.ceil(len(images) / len(labels) if labels else math.sqrt(len(images)))
     scale = max(1, math.ceil(SMALLEST_CELL / images.shape[2]))
     grid = tile(images, columns).repeat(scale, axis=0).repeat(scale, axis=1)
     height = images.shape[1] * scale
