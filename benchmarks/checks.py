@@ -231,7 +231,6 @@ def train_run(place, config, stop_at=math.inf):
     encode, latents = train_latent.make_encode(config, dataset, place.device)
     torch.manual_seed(config.train.seed)
     net = build_model(**model_arguments(config)).to(place.device)
-    distributed.broadcast_module(net)
     state = TrainState(net, config, place.device, dataset.class_names, latents)
 
     class Notice:

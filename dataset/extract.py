@@ -72,7 +72,7 @@ def extract(images, vae, dest, plan, skip_bad=False, num_workers=None):
             if skip_bad or not shard_bad:
                 labels, moments, *mirrored = map(np.concatenate, zip(*parts))
                 writer.write(shard, moments, labels, *mirrored, skipped=[name for name, _ in shard_bad])
-    if distributed.any_rank(bool(bad) and not skip_bad):
+    if any(distributed.all_gather_object(bool(bad) and not skip_bad)):
         return None, bad
     manifest = writer.finish() if distributed.is_main() else None
     return distributed.broadcast_object(manifest), bad

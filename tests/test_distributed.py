@@ -39,10 +39,10 @@ def save_gradients(folder, grad_accum):
     if distributed.rank() == 1:
         for parameter in state.net.parameters():
             parameter.data += 1.0
-    distributed.broadcast_module(state.net)
+    model = distributed.data_parallel(state.net, static_graph=int(grad_accum) == 1)
     moments, labels = (part.chunk(2)[distributed.rank()] for part in make_batch(8))
     start = torch.cat([p.detach().flatten() for p in state.net.parameters()])
-    gradient = one_step(state, distributed.data_parallel(state.net, static_graph=int(grad_accum) == 1), moments, labels)
+    gradient = one_step(state, model, moments, labels)
     end = torch.cat([p.detach().flatten() for p in state.net.parameters()])
     torch.save([start, gradient, end], f"{folder}/{distributed.rank()}.pt")
     distributed.shutdown()
@@ -94,7 +94,7 @@ def use_collectives():
         time.sleep(0.1)
     distributed.barrier()
     distributed.shutdown()
-    assert distributed.world_size() == 1 and not distributed.any_rank(False)
+    assert distributed.world_size() == 1 and distributed.any_of_ranks([False]) == [False]
 
 
 # ------------------------------------------------------------------------------------------------ numbers

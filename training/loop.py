@@ -156,9 +156,8 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
     config, train, due = state.config, state.config.train, state.config.log
     end_step, saved_step = state.end_step, state.step  # what the run starts from is on disk, or the same command makes it again
     check_every = min(due.log_every, train.max_bad_steps)
-    writer = None
+    writer = CheckpointWriter(Path(folder) / "checkpoints", due.keep_last, due.keep_every)
     if distributed.is_main():
-        writer = CheckpointWriter(Path(folder) / "checkpoints", due.keep_last, due.keep_every)
         writer.prepare(state.step, state.nbytes, -(-(end_step - state.step) // due.ckpt_every))
     distributed.barrier()
     log = RunLog(folder, state.log_position, due.tensorboard, due.wandb, to_dict(config))
@@ -208,7 +207,7 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
 
         if saved_step != state.step:
             save(state, log, writer)
-        unwritten = distributed.any_rank(writer is not None and not writer.wait())
+        unwritten = any(distributed.all_gather_object(not writer.wait()))
         if error is not None:
             raise error
         if failed:
@@ -225,8 +224,7 @@ def fit(state, folder, dataset, encode, notice, sample_grid=None, evaluate=None)
             return EXIT_BAD
         return 0
     finally:
-        if writer is not None:
-            writer.wait()  # whatever happened: nobody else may write here before this is on disk
+        writer.wait()  # whatever happened: nobody else may write here before this is on disk
         log.close()
 
 
@@ -309,7 +307,7 @@ def progress_line(state, values):
 def save(state, log, writer):
     """Start writing a checkpoint of this step. Collective."""
     content = state.state_dict(log.position)
-    if writer is not None:
+    if distributed.is_main():
         writer.save(state.step, content)
 
 

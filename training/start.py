@@ -38,9 +38,8 @@ def train_in(folder, config, args, open_dataset, make_encode, device, notice):
     with claim(folder) if distributed.is_main() else contextlib.nullcontext():
         distributed.barrier()
         path, own, checkpoint = read_start(config, folder, args, latents)
-        torch.manual_seed(config.train.seed)
+        torch.manual_seed(config.train.seed)  # the same weights on every process
         net = build_model(**model_arguments(config)).to(device)
-        distributed.broadcast_module(net)  # before its copies are made
         state = TrainState(net, config, device, dataset.class_names, latents)
         if own:
             state.resume(checkpoint)
@@ -188,10 +187,10 @@ def describe(state, dataset, folder):
         blocks, positions = getattr(net.model, f"{prefix}blocks", None), getattr(net.model, f"{prefix}pos_embed", None)
         if blocks is not None and positions is not None:  # a network of one's own may have neither
             sizes += f"{name} {len(blocks)} x {positions.shape[2]}, "
-    kept = {str(count_kept(net.num_tokens, mask_ratio(train, progress))): None for progress in (0.0, 1.0)}
+    kept = sorted({count_kept(net.num_tokens, mask_ratio(train, progress)) for progress in (0.0, 1.0)})
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
     say(f"{folder}: {state.config.model.model_type}, {sizes}{parameters:.1f}M parameters, {net.num_classes} classes, latents "
-        f"{net.in_channels} x {net.in_size} x {net.in_size}, {' to '.join(kept)} of {net.num_tokens} patches kept")
+        f"{net.in_channels} x {net.in_size} x {net.in_size}, {' to '.join(map(str, kept))} of {net.num_tokens} patches kept")
     say(f"{len(dataset):,} samples of {dataset.name}; {state.world_size} process(es) on {state.device.type}, {train.batchsize} images each "
         f"per step in {train.grad_accum} round(s), precision {state.amp}, blocks {'compiled' if state.compiled else 'not compiled'}, "
         f"steps {state.step} to {state.end_step}")

@@ -86,7 +86,7 @@ def device():
 
 def barrier():
     """Wait for all processes."""
-    any_rank(False)
+    any_of_ranks([False])
 
 
 def all_reduce_sum(tensor):
@@ -109,24 +109,12 @@ def broadcast_object(value):
     return all_gather_object(value if is_main() else None)[0]
 
 
-def any_rank(flag):
-    """True on every process if `flag` is true on any of them."""
-    return any_of_ranks([flag])[0]
-
-
 def any_of_ranks(flags):
-    """`any_rank` for several flags in one message: a list of bools for a list of flags."""
-    votes = torch.tensor([int(bool(flag)) for flag in flags])  # on the CPU, so that gloo sends it
+    """A list of bools, the same on every process: for each flag, whether it is true on any of them."""
+    votes = torch.tensor(flags, dtype=torch.int32)  # on the CPU, so that gloo sends it
     if dist.is_initialized():
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_control)
-    return [bool(vote) for vote in votes.tolist()]
-
-
-def broadcast_module(module):
-    """Give every process rank 0's parameters and buffers."""
-    if dist.is_initialized():
-        for tensor in list(module.parameters()) + list(module.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+    return votes.bool().tolist()
 
 
 def share(owners):
@@ -152,7 +140,10 @@ def collect(tensors):
 
 
 def data_parallel(net, static_graph=False):
-    """Make gradients means over all processes. static_graph: each step has one backward pass, always over the same parameters."""
+    """Give all processes rank 0's weights, and means of their gradients.
+
+    static_graph: each step has one backward pass, always over the same parameters.
+    """
     if world_size() == 1:
         return net
     gpu = [local_rank()] if torch.cuda.is_available() else None
