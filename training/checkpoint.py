@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils import _pytree as pytree
 
 from sampling.load import damage, first_line, manifest_path, read_checkpoint
 from utils.cli import UserError
@@ -63,7 +64,7 @@ def _steps_in(folder):
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints in the background, on rank 0.
+    """Writes a run's checkpoints in the background. Only rank 0 gives it some.
 
     keep_last: newest checkpoints kept (0: all). keep_every: those at multiples of this step are kept for ever (0: none).
     """
@@ -99,8 +100,7 @@ class CheckpointWriter:
 
     def _copy_to_host(self, state):
         """The same containers with every tensor copied into one block of host memory, which the next save uses again."""
-        tensors = []
-        _map_tensors(tensors.append, state)
+        tensors = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor)]
         ends = list(itertools.accumulate((tensor.nbytes // ALIGNMENT + 1) * ALIGNMENT for tensor in tensors))
         if ends and len(self.block) < ends[-1]:
             self._grow_block(ends[-1], tensors[0].is_cuda)
@@ -113,7 +113,7 @@ class CheckpointWriter:
             place = torch.from_numpy(self.block[start:start + tensor.nbytes])  # a storage of its own: torch.save writes whole storages
             return place.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
 
-        copies = _map_tensors(copy, state)
+        copies = pytree.tree_map_only(torch.Tensor, copy, state)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies
@@ -153,25 +153,15 @@ class CheckpointWriter:
                 manifest_path(path).unlink()
 
 
-def _map_tensors(function, value):
-    """The same containers with function(tensor) in the place of every tensor."""
-    if isinstance(value, dict):
-        return {key: _map_tensors(function, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map_tensors(function, item) for item in value)
-    return function(value) if isinstance(value, torch.Tensor) else value
-
-
 def write_checkpoint(path, state):
     """Write a .pt and its manifest."""
-    path = Path(path)
     with write_whole(path) as temporary:
         with open(temporary, "wb") as stream:
             hashing = _HashingStream(stream)
             try:
                 torch.save(state, hashing)
-            except RuntimeError as error:  # PyTorch's writer buries the disk's error under one of its own
-                raise hashing.error or error
+            except RuntimeError as error:  # PyTorch's writer raises one of its own above the disk's
+                raise error.__context__ or error
         _write_manifest(path, temporary.stat().st_size, hashing.digest.hexdigest(), state.get("step"))
 
 
@@ -182,18 +172,11 @@ def _write_manifest(path, size, sha256, step):
 
 
 class _HashingStream:
-    """A write-only stream that hashes what passes through it and remembers what went wrong."""
+    """A write-only stream that hashes what passes through it."""
 
     def __init__(self, stream):
-        self.stream, self.digest, self.error = stream, hashlib.sha256(), None
+        self.stream, self.flush, self.digest = stream, stream.flush, hashlib.sha256()
 
     def write(self, data):
         self.digest.update(data)
-        try:
-            return self.stream.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self):
-        self.stream.flush()
+        return self.stream.write(data)

@@ -18,27 +18,20 @@ class EMA:
     def __init__(self, net, decay, owners=None):
         self.decay, owners, rank = decay, owners or {}, distributed.rank()
         self.net = copy.deepcopy(net).eval().requires_grad_(False)
-        self.averages, self.sources, self.copies, self.originals = [], [], [], []
-        self.owners, self.elsewhere = {}, []
-        for average, source in zip(self.net.parameters(), net.parameters()):
-            if source in owners:
-                self.owners[average] = owners[source]
-            if owners.get(source, rank) != rank:
-                self.elsewhere.append((average, source))
-                continue
-            averaged = source.is_floating_point()
-            (self.averages if averaged else self.copies).append(average)
-            (self.sources if averaged else self.originals).append(source)
-        self.copies += self.net.buffers()
-        self.originals += net.buffers()
+        pairs = list(zip(self.net.parameters(), net.parameters()))
+        self.owners = {average: owners[source] for average, source in pairs if source in owners}
+        self.elsewhere = [pair for pair in pairs if owners.get(pair[1], rank) != rank]
+        here = [pair for pair in pairs if owners.get(pair[1], rank) == rank]
+        self.averages, self.sources = ([pair[i] for pair in here if pair[1].is_floating_point()] for i in (0, 1))
+        self.copied = [pair for pair in here if not pair[1].is_floating_point()] + list(zip(self.net.buffers(), net.buffers()))
         self._free()
 
     @torch.no_grad()
     def update(self):
         """Follow the source weights by one step."""
         torch._foreach_lerp_(self.averages, self.sources, 1.0 - self.decay)
-        for copied, original in zip(self.copies, self.originals):
-            copied.copy_(original)
+        for average, original in self.copied:
+            average.copy_(original)
 
     @contextlib.contextmanager
     def whole(self):

@@ -31,18 +31,13 @@ def learning_rate(config, images_seen, progress):
 def mask_ratio(config, progress):
     """Share of patches to remove at `progress` in [0, 1] of the run, from mask_ratio down to mask_ratio_min.
 
-    constant stays at mask_ratio; linear falls evenly; exp falls as exp(-7 t); cosineN as cos^N(pi t / 2).
     Source: the MaskDiT paper (unmasking tuning: constant 0, or cosine4 from 0.5 to 0).
     """
-    name = config.mask_ratio_fn.replace("cosine", "cos")
+    name = config.mask_ratio_fn
     if name in ("constant", "const"):
         return config.mask_ratio
-    if name == "linear":
-        share = 1.0 - progress
-    elif name == "exp":
-        share = math.exp(-7.0 * progress)
-    else:
-        share = math.cos(math.pi * progress / 2) ** int(name.removeprefix("cos"))
+    shares = {"linear": 1.0 - progress, "exp": math.exp(-7.0 * progress)}
+    share = shares[name] if name in shares else math.cos(math.pi * progress / 2) ** int(name[-1])
     return config.mask_ratio_min + (config.mask_ratio - config.mask_ratio_min) * share
 
 
@@ -70,10 +65,7 @@ class Stepper:
     def step(self):
         """Unscale, clip, update unless the step is bad, clear the gradients. Returns the norm before clipping, NaN if skipped."""
         self.scaler.unscale_(self.optimizer)
-        gradients = []
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                gradients.append(parameter.grad)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         in_a_row, total = self.bad_steps
         bad = ~torch.isfinite(norm) | (in_a_row > self.max_bad_steps)
