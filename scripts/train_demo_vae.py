@@ -120,20 +120,18 @@ def psnr(images, reference):
     return 10 * (4 / (images - reference).square().mean((1, 2, 3))).log10()
 
 
-def report(folder, train_grey, test_grey):
-    """Say the quality of the folder as written (held-out PSNR, statistics of the scaled latents); draw its reconstructions.png."""
+def report(folder, grey):
+    """Say the quality of the folder as written, on held-out images: PSNR, statistics of the latents; draw its reconstructions.png."""
     import torch
     from models import load_autoencoder
     from utils.images import save_grid, to_uint8
     from utils.logging import say
 
-    autoencoder, images = load_autoencoder(folder, test_grey.device), to_input(test_grey)
-    rebuilt = reconstruct(autoencoder, test_grey)
-    pooled = 10 * math.log10(4 / (rebuilt - images).square().mean().item())
-    say(f"held-out PSNR: {psnr(rebuilt, images).mean():.2f} dB, mean over the images; {pooled:.2f} dB from their mean squared error")
-    for name, grey in (("training", train_grey[:10_000]), ("held-out", test_grey)):
-        mean, std = latent_statistics(autoencoder.vae, grey)
-        say(f"{name} latents, scaled: mean {(SCALE * mean).tolist()}, std {(SCALE * std).tolist()}")
+    autoencoder, images = load_autoencoder(folder, grey.device), to_input(grey)
+    rebuilt = reconstruct(autoencoder, grey)
+    mean, std = latent_statistics(autoencoder.vae, grey)
+    say(f"PSNR {psnr(rebuilt, images).mean():.2f} dB, mean over the images; latents, scaled: mean {(SCALE * mean).tolist()}, "
+        f"std {(SCALE * std).tolist()}")
     save_grid(folder / "reconstructions.png", to_uint8(torch.cat([images[:12], rebuilt[:12]])), labels=["test image", "rebuilt"])
 
 
@@ -151,7 +149,7 @@ def main():
         weight_decay=1e-4, grad_clip=1.0, cycle_momentum=False, pct_start=0.02)
     fold_normalisation(vae, *latent_statistics(vae, train_grey[:10_000]))
     vae.half().save_pretrained(args.dest)
-    report(args.dest, train_grey, test_grey)
+    report(args.dest, test_grey)
 
 
 if __name__ == "__main__":
