@@ -22,7 +22,8 @@ class EMA:
         self.owners = {average: owners[source] for average, source in pairs if source in owners}
         self.elsewhere = [pair for pair in pairs if owners.get(pair[1], rank) != rank]
         here = [pair for pair in pairs if owners.get(pair[1], rank) == rank]
-        self.averages, self.sources = ([pair[i] for pair in here if pair[1].is_floating_point()] for i in (0, 1))
+        self.averages = [average for average, source in here if source.is_floating_point()]
+        self.sources = [source for _, source in here if source.is_floating_point()]
         self.copied = [pair for pair in here if not pair[1].is_floating_point()] + list(zip(self.net.buffers(), net.buffers()))
         self._free()
 
