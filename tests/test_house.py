@@ -12,13 +12,13 @@ MOST_LINES = {
     "dataset": 1318,  # to 1,300
     "fid": 1000,
     "sampling": 587,  # to 520
-    "training": 1141,  # to 1,000
-    "utils": 1300,
+    "training": 1107,  # to 1,000
+    "utils": 1290,
     ".": 444,
-    "scripts": 283,
-    "benchmarks": 1792,
+    "scripts": 248,
+    "benchmarks": 1791,
 }
-MOST_LINES_IN_ALL = 7500  # without benchmarks, experiments and tests; to 7,000
+MOST_LINES_IN_ALL = 7000  # without benchmarks, experiments and tests
 LONGEST_FILE = 350
 LONGEST_LINE = 140
 
