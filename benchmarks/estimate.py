@@ -36,6 +36,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--gpus", default="8", help="how many in all, one or several numbers, as in 8,64 (default 8)")
     parser.add_argument("--utilisation", type=float, default=UTILISATION, help="of the peak (default %(default)s: see above)")
     parser.add_argument("--price", type=float, default=2.0, help="dollars per GPU and hour (default 2, an assumption: give your own)")
+    parser.add_argument("--launches", action="store_true", help="instead: the kernels that a step launches, counted (about a minute)")
     args, overrides = parser.parse_known_args(argv)
     for name in args.gpu.split(","):
         if name not in GPUS:
@@ -102,7 +103,13 @@ def run_row(train, work, name, num_gpus, utilisation, price):
 def main(argv=None):
     args, overrides = parse_arguments(argv)
     config = load_config(args.config, overrides)
-    device, work = start(args), count(config)
+    device = start(args)
+    if args.launches:
+        from benchmarks import launches
+
+        rows = [launches.table_row(name, launches.count(config, name == "compiled")) for name in ("eager", "compiled")]
+        return report(args, device, rows, launches.COLUMNS)
+    work = count(config)
     rows = [run_row(config.train, work, name, int(number), args.utilisation, args.price)
             for name in args.gpu.split(",") for number in args.gpus.split(",")]
     print(f"{config.model.model_type}, {config.model.in_size}x{config.model.in_size} latents, {work['weights'] / 1e6:.1f} million weights, "

@@ -1,6 +1,6 @@
 """Kernels that a training step launches on a GPU, counted without one: it is the real step, on tensors that have shapes but no contents.
 
-    python -m benchmarks.launches --config configs/train/maskdit-latent-imagenet.yaml train.batchsize=32
+    python -m benchmarks.estimate --launches --config configs/train/maskdit-latent-imagenet.yaml train.batchsize=32
 
 Eager, every operation that torch sends to the GPU is a launch; views are none. Compiled, inductor writes the Triton kernels of the blocks
 for an H100, as in training. They do not run, but their calls are counted beside torch's operations. The backward pass of attention is four
@@ -17,11 +17,9 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.common import make_parser, report, start
 from models import build_model
 from training.loop import TrainState, make_loss, train_step
-from utils.cli import run
-from utils.config import load_config, model_arguments
+from utils.config import model_arguments
 from utils.precision import compile_options
 
 COLUMNS = ("blocks", "launches", "matrix products", "attention", "casts", "optimizer, EMA, norm", "other")
@@ -169,16 +167,3 @@ def table_row(name, launches):
         row[group] += number
         row["launches"] += number
     return {"blocks": name} | row
-
-
-def main(argv=None):
-    parser = make_parser(__doc__)
-    parser.add_argument("--config", help="YAML file of a training run (default: the defaults, XL/2 half masked)")
-    args, overrides = parser.parse_known_args(argv)
-    config = load_config(args.config, overrides)
-    device = start(args)
-    report(args, device, [table_row("eager", count(config)), table_row("compiled", count(config, compiled=True))], COLUMNS)
-
-
-if __name__ == "__main__":
-    run(main)

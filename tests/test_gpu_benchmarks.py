@@ -35,4 +35,4 @@ def test_what_is_drawn_is_measured():
 
 def test_all_benchmarks_are_among_the_commands():
     runnable = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
-    assert runnable - {"plot", "estimate", "launches"} == {module for module, *_ in COMMANDS.values()}
+    assert runnable - {"plot", "estimate"} == {module for module, *_ in COMMANDS.values()}
