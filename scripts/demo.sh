@@ -50,6 +50,6 @@ cat <<END
 Try next:
   python3 generate.py --ckpt_path $checkpoint --class_idx sneaker --cfg_scale 3 --outdir $out/sneakers
   python3 train_latent.py --config configs/demo/fashion-mnist.yaml log.exp_name=unmasked train.mask_ratio=0
-  your own images:   python3 extract_latent.py YOUR_IMAGES data/mine --vae assets/autoencoder_kl.pth --resolution 256
-                     python3 train_latent.py --config configs/train/maskdit-latent-imagenet.yaml data.root=data/mine model.num_classes=N
+  your own images:   python3 extract_latent.py YOUR_IMAGES data/mine --vae assets/autoencoder_kl.pth --resolution 64
+                     python3 train_latent.py --config configs/train/small.yaml data.root=data/mine model.num_classes=N
 END

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,14 @@ def test_keys_may_refer_to_other_keys(tmp_path):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_shipped_configs_load(path):
     load_config(path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "scripts/demo.sh"])
+def test_sets_of_own_images_are_encoded_as_the_config_beside_wants_them(page):
+    commands = r"(extract_latent.py \w+ data/mine.*)\n.*train_latent.py --config (\S+) data.root=data/mine"
+    encode, train = re.search(commands, (ROOT / page).read_text()).groups()
+    config = load_config(ROOT / train)
+    assert f"--resolution {8 * config.model.in_size}" in encode and config.data.xflip == ("--xflip" in encode)
 
 
 def test_every_key_is_read_outside_the_schema():
