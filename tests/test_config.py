@@ -115,6 +115,7 @@ def test_values_are_read_as_meant(tmp_path):
     compile_modes = [load_config(None, [f"train.compile={word}"]).train.compile for word in ("auto", "true", "false", "True")]
     assert compile_modes == ["auto", True, False, True]
     assert load_config().train.compile == "auto" and load_config(write(tmp_path, "train: {compile: off}")).train.compile is False
+    assert load_config(write(tmp_path, "vae:\n  path:\n"), ["eval.metrics="]).vae.path == load_config(None, ["vae.path="]).vae.path == ""
     assert config.model.depth is None and config.log.exp_name == "7" and config.sample.S_max == float("inf")
 
 

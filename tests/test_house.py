@@ -13,7 +13,7 @@ MOST_LINES = {
     "fid": 1000,
     "sampling": 587,  # to 520
     "training": 1107,  # to 1,000
-    "utils": 1290,
+    "utils": 1292,
     ".": 444,
     "scripts": 248,
     "benchmarks": 1791,

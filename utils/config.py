@@ -50,6 +50,8 @@ def from_dict(*layers, gone=None):
             raise _unknown(name, value)
         if value is False and "no" in typing.get_args(KEYS[name].type):
             value = "no"  # YAML reads an unquoted `no` as false
+        if value is None and KEYS[name].type is str:
+            value = ""  # YAML reads nothing as null; a shell leaves nothing of vae.path=''
         try:
             OmegaConf.update(tree, name, value)
         except (OmegaConfBaseException, OverflowError) as error:
