@@ -148,12 +148,12 @@ def test_images_whose_latents_the_model_does_not_take_are_told_before_it_is_made
 
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_nccl_is_told_which_sums_to_leave_out_before_processes_are_connected(monkeypatch, tmp_path, deterministic):
-    """Reductions inside the switches (NVLS) differ from call to call. torch must know of determinism by then, too."""
+    """Reductions inside the switches (NVLS within a node, NVLSTree over several) differ from call to call. torch must know of determinism by then, too."""
     import torch
     import train_latent
 
     def init(timeout_s):
-        assert os.environ.get("NCCL_ALGO") == ("^NVLS" if deterministic else None)
+        assert os.environ.get("NCCL_ALGO") == ("^NVLS,NVLSTree" if deterministic else None)
         assert torch.are_deterministic_algorithms_enabled() == deterministic
         raise InterruptedError
 

@@ -67,7 +67,7 @@ def setup_backends(tf32, deterministic, compiled=False):
         if not torch.cuda.is_available():
             os.environ.setdefault("CUDA_PATH", "")  # or the compiler for CPUs looks for CUDA, and warns if it finds a toolkit without a GPU
     if deterministic:
-        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # read when processes connect; sums in an H100 node's switches differ from call to call
+        os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # for NCCL's start; sums in H100 nodes' switches differ from call to call
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with a fixed workspace
         # "error", not "warn": with warnings alone, the backward pass of attention would stay non-deterministic.
         if compiled:
