@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,3 +169,13 @@ def test_train_on_images_of_a_folder(tiny_vae, tmp_path):
                f"vae.path={tiny_vae}", f"log.results_dir={tmp_path}", *TINY, "model.num_classes=2", *SHORT, "log.sample_every=0")
     checkpoint = torch.load(tmp_path / "maskdit-imagenet" / "checkpoints" / "0000004.pt", weights_only=True)
     assert checkpoint["step"] == 4 and checkpoint["class_names"] == ["cat", "dog"]
+
+
+def test_any_user_of_the_image_can_write_below_assets(tmp_path):
+    """The Dockerfile's own command, on folders that only their owner could write to."""
+    command, = re.findall(r"^RUN (find assets .*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    folders = [tmp_path / "assets", tmp_path / "assets" / "demo-vae"]
+    for folder in folders:
+        folder.mkdir(mode=0o755)
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    assert [folder.stat().st_mode & 0o777 for folder in folders] == [0o777, 0o777]
