@@ -85,7 +85,7 @@ def main():
 
 def sample(args, overrides, seeds):
     """Check everything, sample what is not there yet, write it and, if asked for, measure it; returns the exit code."""
-    from sampling.load import load_net
+    from sampling.load import load_net, prepare_network
     from sampling.outputs import Output, claim_folder, settings_of
     from sampling.sample import batches_of, check_sampler, classes_of, describe_bad, generate, image_decoder, save_by_class
     from utils import distributed
@@ -97,6 +97,7 @@ def sample(args, overrides, seeds):
     device = distributed.device()
     net, config, class_names, latents = load_net(args.ckpt_path, args.which, args.config, overrides, device)
     setup_backends(tf32=False, deterministic=True, compiled=use_compile(config.sample.compile, device))
+    prepare_network(net, config.sample, device)  # after the compiler has been told of its cores
     check_sampler(config.sample)
     for note in notes(config, device, "sample"):
         say(note)

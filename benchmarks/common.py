@@ -46,10 +46,10 @@ def add_round_arguments(parser, rounds):
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default %(default)s)")
 
 
-def start(args, tf32=True, deterministic=True, compiled=False):
+def start(args, tf32=True, deterministic=True):
     """Check the arguments of make_parser, make the folder of --json, set the process-wide switches, and return the device to measure on.
 
-    The switches are those of training by default, see utils.precision.setup_backends.
+    The switches are those of training by default, where blocks are compiled; see utils.precision.setup_backends.
     """
     for name, smallest in (("rounds", 1), ("warmup", 0), ("threads", 1)):
         if getattr(args, name, smallest) < smallest:
@@ -67,7 +67,7 @@ def start(args, tf32=True, deterministic=True, compiled=False):
         raise UserError(f"--device {wanted}: wanted cpu or, where there are GPUs, cuda or cuda:NUMBER")
     if hasattr(args, "threads"):
         torch.set_num_threads(args.threads)
-    setup_backends(tf32, deterministic, compiled)
+    setup_backends(tf32, deterministic, compiled=True)
     return torch.device(wanted) if wanted else distributed.device()
 
 
@@ -191,9 +191,10 @@ def environment(device):
     except (OSError, subprocess.CalledProcessError):  # an unpacked archive, or no git: the numbers still count
         commit = ""
     module = sys.modules["__main__"].__spec__
+    program = module.name.removesuffix(".__main__") if module else Path(sys.argv[0]).name
     return {"device": device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda, "python": platform.python_version(),
             "commit": commit, "threads": torch.get_num_threads(),
-            "command": f"python -m {module.name if module else Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}".strip()}
+            "command": f"python -m {program} {shlex.join(sys.argv[1:])}".strip()}
 
 
 def device_name(device):

@@ -72,7 +72,7 @@ def image_flops(config):
 def main():
     args = parse_arguments()
     configs = {arm: arm_config(args, arm) for arm in args.arms}
-    device = start(args, tf32=False, compiled=any(config.sample.compile for config in configs.values()))  # as generate.py
+    device = start(args, tf32=False)  # as generate.py
     about = {"model": args.size, "amp": args.amp, "steps": args.num_steps, "cfg": args.cfg_scale, "batch": args.batchsize}
     compare(args, device, configs, about, make_arm, image_flops, COLUMNS)
 

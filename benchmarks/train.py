@@ -69,7 +69,7 @@ def main():
     args = parse_arguments()
     configs = {arm: arm_config(args, arm) for arm in args.arms}
     train = configs[args.arms[0]].train
-    device = start(args, train.tf32, train.deterministic, any(config.train.compile is True for config in configs.values()))
+    device = start(args, train.tf32, train.deterministic)
     about = {"model": args.size, "masked": train.mask_ratio, "amp": args.amp, "batch": args.batchsize}
     compare(args, device, configs, about, make_arm, image_flops, COLUMNS)
 

@@ -67,12 +67,13 @@ def sample(args, overrides, arm, seeds):
     import numpy as np
     import torch
 
-    from sampling.load import load_net
+    from sampling.load import load_net, prepare_network
     from sampling.outputs import settings_of
     from sampling.sample import generate, image_decoder
 
     device = torch.device("cpu")
     net, config, _, latents = load_net(args.ckpt_path, "ema", None, [*overrides, f"sample.amp={'bf16' if arm == 'bf16' else 'no'}"], device)
+    prepare_network(net, config.sample, device)
     if arm == "tf32":
         net.forward = with_tf32_inputs(net.forward)
     decode = image_decoder(config.vae, net.in_channels, device, latents, f"checkpoint {args.ckpt_path}")

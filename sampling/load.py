@@ -171,7 +171,7 @@ def manifest_path(path):
 # ------------------------------------------------------------------------------------------------ networks
 
 def load_net(path, which, config_path, overrides, device):
-    """Load a checkpoint's network, ready to sample: (net, its Config, class names or None, latents as `fit_decoder` takes them).
+    """Load a checkpoint's network, for `prepare_network`: (net, its Config, class names or None, latents as `fit_decoder` takes them).
 
     config_path: a YAML file, or None if the checkpoint carries its config. overrides: key=value, over both.
     """
@@ -183,7 +183,6 @@ def load_net(path, which, config_path, overrides, device):
     config = load_config(config_path, overrides, config_of(checkpoint, path))
     net = build_model(**model_arguments(config)).to(device).eval().requires_grad_(False)
     load_weights_into(net, weights, path)
-    prepare_network(net, config.sample, device)
     class_names = checkpoint.get("class_names")
     if class_names is None and net.num_classes == 1000:
         class_names = load_imagenet_class_names()

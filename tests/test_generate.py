@@ -1,6 +1,7 @@
 """generate.py as it is called: flags, one folder rule, one line for every mistake, and nothing left behind by a refusal."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -76,6 +77,27 @@ def test_seeds_and_ranges():
         parse_seeds("0-4,3")
     with pytest.raises(UserError, match="these are 1,000,000,000,000 images; wanted at most 10,000,000 in one command"):
         parse_seeds("0-999999999999")
+
+
+def test_compile_workers_are_divided_before_the_blocks_are_compiled(monkeypatch, checkpoint):
+    """The compiler reads their number when it is imported."""
+    import generate
+
+    def compile_blocks(net):
+        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "1" and torch.are_deterministic_algorithms_enabled()
+        raise InterruptedError
+
+    for name in ("NCCL_ALGO", "CUBLAS_WORKSPACE_CONFIG", "CUDA_PATH", "TORCHINDUCTOR_COMPILE_THREADS"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    monkeypatch.setattr(models.EDMPrecond, "compile_blocks", compile_blocks)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--ckpt_path", str(checkpoint), "--seeds", "0", "sample.compile=true"])
+    try:
+        with pytest.raises(InterruptedError):
+            generate.main()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_default_folder_has_the_runs_name():

@@ -16,7 +16,8 @@ COMMANDS = {line.split()[1]: shlex.split(line, comments=True)[2:] for line in SC
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_is_understood(name):
     module_name, *arguments = COMMANDS[name]
-    module = importlib.import_module(f"benchmarks.{module_name}")
+    folder = (ROOT / "benchmarks" / module_name).is_dir()
+    module = importlib.import_module(f"benchmarks.{module_name}{'.__main__' * folder}")
     args = module.parse_arguments([*arguments, "--json", "out.json"])
     assert args.json == Path("out.json")
     if module_name in ("train", "sample"):
@@ -35,4 +36,5 @@ def test_what_is_drawn_is_measured():
 
 def test_all_benchmarks_are_among_the_commands():
     runnable = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    runnable |= {path.parent.name for path in (ROOT / "benchmarks").glob("*/__main__.py")}
     assert runnable - {"plot", "estimate"} == {module for module, *_ in COMMANDS.values()}

@@ -1,4 +1,4 @@
-"""The checks of benchmarks/gpu_check.py: they pass here, a broken thing fails, and a failure does not end the others."""
+"""The checks of benchmarks/gpu_check: they pass here, a broken thing fails, and a failure does not end the others."""
 
 import json
 import os
@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import checks, checks_apart, estimate, gpu_check
-from benchmarks.checks import CHECKS, Failed, Skip
+from benchmarks import estimate
+from benchmarks.gpu_check import __main__ as gpu_check
+from benchmarks.gpu_check import apart, checks
+from benchmarks.gpu_check.checks import CHECKS, Failed, Skip
 from models import layers
 from training.checkpoint import CheckpointWriter
 from training.optim import Stepper
@@ -103,6 +105,15 @@ def test_a_broken_part_fails_its_check(monkeypatch, place, name):
     assert [row["status"] for row in gpu_check.run_checks(of_one(function, case), place)] == ["FAIL"]
 
 
+def test_each_format_compiles_its_own_graphs(monkeypatch, place):
+    """All formats together have more graphs than torch keeps; those above would run eagerly, and the check would prove nothing."""
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(None))
+    monkeypatch.setattr(checks, "loss_and_gradients", lambda *arguments: [torch.ones(1)])
+    gpu_check.run_checks(of_one(checks.numbers), place)
+    assert len(resets) == 2  # float32 and bf16; fp16 is skipped here
+
+
 def test_results_that_differ_are_told():
     one = {"/model/a": torch.zeros(2), "/model/b": torch.ones(2)}
     assert checks.same_bits(one, dict(one), "both") == "2 tensors are equal"
@@ -111,15 +122,15 @@ def test_results_that_differ_are_told():
     with pytest.raises(Failed, match="nan"):
         checks.within(1e-4, [torch.tensor([torch.nan])], [torch.zeros(1)])
     with pytest.raises(Failed, match="2 different results"):
-        checks_apart.one_digest({"a", "b"})
+        apart.one_digest({"a", "b"})
 
 
 @pytest.mark.parametrize("teraflops, status", [(1e-9, "PASS"), (1e9, "FAIL")])
 def test_speed_is_held_against_the_estimate(monkeypatch, place, teraflops, status):
-    monkeypatch.setattr(checks_apart, "SPEED", ["--rounds", "1", "--warmup", "0", *TINY])
+    monkeypatch.setattr(apart, "SPEED", ["--rounds", "1", "--warmup", "0", *TINY])
     monkeypatch.setattr(estimate, "GPUS", {"cpu": (teraflops, teraflops, 1)})
     monkeypatch.setattr(estimate, "HOST_S", 0.0)  # a CPU launches nothing
-    (function, text, _), = checks_apart.SPEED_CHECKS
+    (function, text, _), = apart.SPEED_CHECKS
     row, = gpu_check.run_checks([(function, text, [("ours", 2, "any kernel")])], place)
     assert row["status"] == status and "images/s" in row["figure"] and "of the estimate" in row["figure"]
     monkeypatch.setattr(estimate, "GPUS", {"h100": (1, 1, 1)})

@@ -11,12 +11,14 @@ MOST_LINES = {
     "models": 993,
     "dataset": 1318,  # to 1,300
     "fid": 1000,
-    "sampling": 587,  # to 520
+    "sampling": 586,  # to 520
     "training": 1107,  # to 1,000
     "utils": 1292,
-    ".": 444,
+    ".": 445,
     "scripts": 248,
-    "benchmarks": 1791,
+    "benchmarks": 1113,
+    "benchmarks/gpu_check": 506,
+    "benchmarks/launches.py": 169,
 }
 MOST_LINES_IN_ALL = 7000  # without benchmarks, experiments and tests
 LONGEST_FILE = 350
@@ -24,8 +26,10 @@ LONGEST_LINE = 140
 
 
 def files_of(room):
-    """Paths of the Python files of a room."""
-    return sorted((ROOT / room).glob("*.py" if room == "." else "**/*.py"))
+    """Paths of the Python files of a room, a folder or a file, without those of rooms in it."""
+    apart = [ROOT / other for other in MOST_LINES if other.startswith(f"{room}/")]
+    paths = (ROOT / room).glob("*.py" if room == "." else "**/*.py") if (ROOT / room).is_dir() else [ROOT / room]
+    return sorted(path for path in paths if not any(path.is_relative_to(other) for other in apart))
 
 
 def lines_of(path):
@@ -37,7 +41,7 @@ def size_of(room):
 
 
 def size_in_all():
-    return sum(size_of(room) for room in MOST_LINES if room != "benchmarks")
+    return sum(size_of(room) for room in MOST_LINES if not room.startswith("benchmarks"))
 
 
 @pytest.mark.parametrize("room", MOST_LINES)
@@ -58,5 +62,5 @@ def test_no_file_and_no_line_is_too_long():
 if __name__ == "__main__":
     for name, most in MOST_LINES.items():
         longest = max(files_of(name), key=lambda path: len(lines_of(path)))
-        print(f"{name:12}{size_of(name):6} of {most:5}   longest: {longest.relative_to(ROOT)} ({len(lines_of(longest))})")
-    print(f"{'in all':12}{size_in_all():6} of {MOST_LINES_IN_ALL:5}   without benchmarks, experiments and tests")
+        print(f"{name:24}{size_of(name):6} of {most:5}   longest: {longest.relative_to(ROOT)} ({len(lines_of(longest))})")
+    print(f"{'in all':24}{size_in_all():6} of {MOST_LINES_IN_ALL:5}   without benchmarks, experiments and tests")

@@ -10,8 +10,8 @@ import torch
 
 import models
 from models.layers import sincos_positions
-from sampling.load import (checkpoint_digest, file_sha256, fit_decoder, load_checkpoint, load_net, load_weights_into, read_checkpoint,
-                           steps_done, strip_prefixes, weights_of)
+from sampling.load import (checkpoint_digest, file_sha256, fit_decoder, load_checkpoint, load_net, load_weights_into, prepare_network,
+                           read_checkpoint, steps_done, strip_prefixes, weights_of)
 from training.checkpoint import write_checkpoint
 from utils.cli import UserError
 from utils.config import load_config, model_arguments, to_dict
@@ -283,7 +283,8 @@ def test_network_comes_with_its_config_and_what_its_checkpoint_says(tmp_path):
     assert all(torch.equal(value, saved.state_dict()[name]) for name, value in raw.state_dict().items())
     assert not net.training and not any(parameter.requires_grad for parameter in net.parameters())
     assert not mapped(path)  # the network keeps copies
-    half = load_net(path, "ema", None, ["sample.amp=bf16"], torch.device("cpu"))[0]
+    half, config, *_ = load_net(path, "ema", None, ["sample.amp=bf16"], torch.device("cpu"))
+    prepare_network(half, config.sample, torch.device("cpu"))
     assert half.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
 
 

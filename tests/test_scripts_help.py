@@ -14,7 +14,7 @@ HEAVY = ["torch", "omegaconf", "torchvision", "diffusers", "timm", "scipy", "mat
 
 def commands():
     """Everything that can be run: scripts by path, modules of the packages as `python -m` takes them."""
-    folders = (".", "scripts", "utils", "fid", "benchmarks", "experiments")
+    folders = (".", "scripts", "utils", "fid", "benchmarks", "benchmarks/gpu_check", "experiments")
     files = [path.relative_to(ROOT) for folder in folders for path in ROOT.glob(f"{folder}/*.py")
              if '__name__ == "__main__"' in path.read_text() or path.name == "__main__.py"]
     return sorted(str(path) if path.parent.name in ("", "scripts") else ".".join(path.with_suffix("").parts).removesuffix(".__main__")

@@ -5,8 +5,8 @@
     python3 -m benchmarks.gpu_check --speed                  # then XL/2's training speed as well
     torchrun --nproc-per-node 8 -m benchmarks.gpu_check      # only the checks of several processes
 
-Without a GPU it runs what has a meaning on a CPU, with small sizes. The exit code is 1 if anything failed. The checks are in
-benchmarks/checks.py and benchmarks/checks_apart.py.
+Without a GPU it runs what has a meaning on a CPU, with small sizes. The exit code is 1 if anything failed. The checks are in checks.py,
+those of several processes and of speed in apart.py.
 """
 
 import os
@@ -28,13 +28,13 @@ def parse_arguments(argv=None):
 
 def run_checks(checks, place, only=""):
     """Rows {"check", "status", "figure", "seconds"}, printed as they come. A check that fails does not end the others. Collective."""
-    from benchmarks.checks import Failed, Skip
+    from benchmarks.gpu_check.checks import Failed, Skip
     from utils import distributed
     from utils.logging import say
 
     rows = []
     for function, text, case in ((function, text, case) for function, text, cases in checks for case in cases):
-        name = " ".join([text, *map(str, case)])
+        name = " ".join([text, *("float32" if part == "no" else str(part) for part in case)])
         if not re.search(only, f"{function.__name__} {name}"):
             continue
         begun = time.monotonic()
@@ -52,9 +52,9 @@ def run_checks(checks, place, only=""):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    device = start(args, tf32=False, compiled=True)
-    from benchmarks.checks import CHECKS, Place
-    from benchmarks.checks_apart import RANK_CHECKS, SPEED_CHECKS
+    device = start(args, tf32=False)
+    from benchmarks.gpu_check.checks import CHECKS, Place
+    from benchmarks.gpu_check.apart import RANK_CHECKS, SPEED_CHECKS
     from utils import distributed
     from utils.logging import say
 

@@ -1,4 +1,4 @@
-"""More checks of benchmarks/gpu_check.py: several processes, and speed."""
+"""The checks of several processes, and of speed."""
 
 import functools
 import gc
@@ -8,7 +8,7 @@ import statistics
 import torch
 
 from benchmarks import estimate, train
-from benchmarks.checks import KERNELS, Failed, Skip, allowed, check, digest_of, run_script, train_run
+from benchmarks.gpu_check.checks import KERNELS, Failed, Skip, allowed, check, digest_of, run_script, train_run
 from benchmarks.common import alternate, device_name
 from utils import distributed
 from utils.cli import EXIT_USER_ERROR
@@ -38,9 +38,10 @@ def all_reduce(place):
     return one_digest(digests)
 
 
-@check("weights of all ranks after 3 steps, twice", registry=RANK_CHECKS)
+@check("weights of all ranks after 3 steps, twice and with train.shard", registry=RANK_CHECKS)
 def ranks(place):
-    configs = (place.config("bf16", "eager", "train.max_num_steps=3", f"log.exp_name={name}") for name in ("first", "second"))
+    configs = (place.config("bf16", "eager", "train.max_num_steps=3", f"log.exp_name={name}", f"train.shard={name == 'sharded'}")
+               for name in ("first", "second", "sharded"))
     return one_digest({digest_of(train_run(place, config).net.parameters()) for config in configs})
 
 
