@@ -90,10 +90,15 @@ def use_collectives():
     assert distributed.broadcast_object({"from": rank}) == {"from": 0}
     assert distributed.any_of_ranks([rank == 2, False, True]) == [True, False, True]
     assert distributed.all_reduce_sum(torch.tensor([rank, 1.0])).tolist() == [3.0, 3.0]
+    one, two, three = torch.full((2, 3), 1.0 * rank), torch.full((4,), 10.0 * rank), torch.full((1,), 100.0 * rank)
+    distributed.share({one: 1, two: 0, three: 1})
+    assert one.unique() == 1 and two.unique() == 0 and three.item() == 100
     for _ in range(rank):  # uneven tails: processes with nothing left to do wait at the next collective
         time.sleep(0.1)
     distributed.barrier()
     distributed.shutdown()
+    distributed.share({one: 0})
+    assert one.unique() == 1
     assert distributed.world_size() == 1 and distributed.any_of_ranks([False]) == [False]
 
 

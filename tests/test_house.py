@@ -12,7 +12,7 @@ MOST_LINES = {
     "dataset": 1318,  # to 1,300
     "fid": 1000,
     "sampling": 586,  # to 520
-    "training": 1107,  # to 1,000
+    "training": 1108,  # to 1,000
     "utils": 1292,
     ".": 445,
     "scripts": 248,

@@ -40,6 +40,7 @@ def train_in(folder, config, args, open_dataset, make_encode, device, notice):
         path, own, checkpoint = read_start(config, folder, args, latents)
         torch.manual_seed(config.train.seed)  # the same weights on every process
         net = build_model(**model_arguments(config)).to(device)
+        distributed.share(dict.fromkeys(net.parameters(), 0))  # before its copies are made, should a network draw what is not seeded
         state = TrainState(net, config, device, dataset.class_names, latents)
         if own:
             state.resume(checkpoint)
