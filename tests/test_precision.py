@@ -74,13 +74,13 @@ def test_deterministic_kernels_are_asked_for_with_and_without_the_compiler(monke
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     for name in ("TORCHINDUCTOR_COMPILE_THREADS", "NCCL_ALGO", "CUDA_PATH"):
-        monkeypatch.setenv(name, "set by the user")
+        monkeypatch.setenv(name, "3")  # by the user
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     try:
         precision.setup_backends(tf32=False, deterministic=True, compiled=compiled)
         assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert os.environ["NCCL_ALGO"] == os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "set by the user"
+        assert os.environ["NCCL_ALGO"] == os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
         assert not torch.utils.deterministic.fill_uninitialized_memory
         assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == (False, False)
         assert not torch.is_deterministic_algorithms_warn_only_enabled()  # with it flash attention's backward pass is not deterministic
