@@ -13,7 +13,7 @@ MOST_LINES = {
     "fid": 1000,
     "sampling": 586,  # to 520
     "training": 1108,  # to 1,000
-    "utils": 1292,
+    "utils": 1302,
     ".": 445,
     "scripts": 248,
     "benchmarks": 1113,

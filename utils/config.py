@@ -6,7 +6,6 @@ A config is checked completely before any work: every mistake is a UserError tha
 
 import dataclasses
 import difflib
-import inspect
 import re
 import typing
 
@@ -55,7 +54,7 @@ def from_dict(*layers, gone=None):
         try:
             OmegaConf.update(tree, name, value)
         except (OmegaConfBaseException, OverflowError) as error:
-            raise UserError(f"{name}={value!r}: wanted {inspect.formatannotation(KEYS[name].type)}, got {type(value).__name__}") from error
+            raise UserError(f"{name}={value!r}: wanted {_in_words(KEYS[name].type)}") from error
     try:
         config = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:  # such as ${train.lrr}, which leads nowhere
@@ -103,6 +102,17 @@ def _flat(layer):
         elif keys is not None or section not in SECTIONS:  # a section without keys is fine
             flat[str(section)] = keys
     return flat
+
+
+def _in_words(kind):
+    """What a key of this type takes: "one of euler, heun, or null" for Optional[Literal["euler", "heun"]]."""
+    parts = typing.get_args(kind)
+    if type(None) in parts:
+        return f"{_in_words(parts[0])}, or null"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, parts))}".replace("True, False", "true, false")
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple[float, float]: "2 numbers, as in [0.1,0.9]"}
+    return words.get(kind, "keys with values")
 
 
 def _unknown(name, value):
