@@ -111,8 +111,8 @@ def _in_words(kind):
         return f"{_in_words(parts[0])}, or null"
     if typing.get_origin(kind) is typing.Literal:
         return f"one of {', '.join(map(str, parts))}".replace("True, False", "true, false")
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple[float, float]: "2 numbers, as in [0.1,0.9]"}
-    return words.get(kind, "keys with values")
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+            tuple[float, float]: "2 numbers, as in [0.1,0.9]"}.get(kind, "keys with values")
 
 
 def _unknown(name, value):
