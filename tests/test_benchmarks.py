@@ -60,7 +60,7 @@ def run_toy(module, monkeypatch, tmp_path, *arguments, settings=("--set", *TINY)
     """The report of one toy run of a benchmark."""
     monkeypatch.setattr("sys.argv", [module.__name__, *arguments, "--json", str(tmp_path / "new/report.json"), *settings])
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # it would stay for the other tests
-    monkeypatch.setattr("utils.precision.setup_backends", lambda *arguments: None)
+    monkeypatch.setattr("utils.precision.setup_backends", lambda *arguments, **options: None)
     module.main()
     return json.loads((tmp_path / "new/report.json").read_text())
 

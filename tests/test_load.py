@@ -291,7 +291,8 @@ def test_network_comes_with_its_config_and_what_its_checkpoint_says(tmp_path):
 def test_compiling_is_said_with_the_wait_to_expect(tmp_path, monkeypatch, capsys):
     saved_net(tmp_path / "0000001.pt")
     monkeypatch.setattr(models.EDMPrecond, "compile_blocks", lambda net: print("begins"))
-    load_net(tmp_path / "0000001.pt", "ema", None, ["sample.compile=true"], torch.device("cpu"))
+    net, config, *_ = load_net(tmp_path / "0000001.pt", "ema", None, ["sample.compile=true"], torch.device("cpu"))
+    prepare_network(net, config.sample, torch.device("cpu"))
     assert capsys.readouterr().out.splitlines() == ["compiling the blocks: about 1 minute on the first batch", "begins"]
 
 
