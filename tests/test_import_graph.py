@@ -32,7 +32,7 @@ NO_TORCH = ["utils.cli", "utils.schema", "utils.config", "utils.class_names", "u
 PACKAGE_OF = {"PIL": "pillow", "urllib3": "requests", "torch.utils.tensorboard": "tensorboard",
               "pytorch_fid": "pytorch-fid", "torch_fidelity": "torch-fidelity"}
 OPTIONAL = {"wandb"}                       # asked for by an option, with a message where it is missing
-NOT_IMPORTED = {"pytest-timeout"}          # a plugin; pytest.ini sets its limit
+NOT_IMPORTED = {"pytest-timeout", "pytest-xdist", "execnet"}  # plugins: limits of pytest.ini, processes of scripts/test.sh
 
 
 def source_files():
