@@ -7,6 +7,7 @@ import numpy as np
 
 from dataset.base import open_npz
 from dataset.images import ArrayImages, open_images
+from dataset.stream import read_ahead
 from utils import distributed
 from utils.cli import UserError
 
@@ -83,8 +84,4 @@ def batches(source, batch_size, positions):
     parts = np.array_split(positions, range(batch_size, len(positions), batch_size))
     mine = range(distributed.rank(), len(parts), distributed.world_size())
     with ThreadPoolExecutor(1) as reader:
-        reads = (reader.submit(source.read, parts[index]) for index in mine)
-        ahead = next(reads, None)
-        for index in mine:
-            current, ahead = ahead, next(reads, None)
-            yield index, current.result()
+        yield from zip(mine, read_ahead(reader, source.read, (parts[index] for index in mine), depth=1))

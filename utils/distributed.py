@@ -120,7 +120,7 @@ def any_of_ranks(flags):
 def share(owners):
     """Give every process the tensors that others have, in place. owners: {tensor: rank of the process that has it}."""
     for owner in sorted(set(owners.values())) if world_size() > 1 else ():
-        theirs = [tensor.detach() for tensor in owners if owners[tensor] == owner]
+        theirs = [tensor.detach() for tensor, holder in owners.items() if holder == owner]
         joined = torch.cat([tensor.flatten() for tensor in theirs])  # one message, not one for each
         dist.broadcast(joined, src=owner)
         parts = joined.split([tensor.numel() for tensor in theirs])
