@@ -11,12 +11,9 @@ FD is of the demo's classifier. Sampling again with other seeds shows how much o
 
 import argparse
 import json
-import platform
-import subprocess
-import sys
 from pathlib import Path
 
-from utils.cli import PROJECT_ROOT, parse_with_overrides, run
+from utils.cli import parse_with_overrides, run
 from utils.files import make_folder, write_whole
 
 ARMS = ("float32", "tf32", "bf16")
@@ -93,12 +90,12 @@ def differences(found, wanted):
 def main():
     args, overrides = parse_arguments()
     make_folder(args.json.parent, "--json")
-    # asked at the start: the files may be changed while this runs
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=PROJECT_ROOT, capture_output=True, text=True).stdout.strip()
     import torch
 
+    from benchmarks.common import environment
     from fid.evaluate import Evaluator
 
+    about = environment(torch.device("cpu"))  # asked at the start: the files may be changed while this runs
     evaluator = Evaluator(args.ref, metrics=("fid",), embedding="classifier")
 
     def distance(images):
@@ -112,10 +109,8 @@ def main():
         found[arm] = {"fd": distance(images)} | ({} if arm == "float32" else differences(samples[arm], samples["float32"]))
     others = [list(range(args.images * number, args.images * (number + 1))) for number in range(1, args.seed_sets)]
     fds = [found["float32"]["fd"]] + [distance(sample(args, overrides, "float32", seeds)[1]) for seeds in others]
-    result = {
-        "what": "a small network on a CPU; TF32 emulated by rounding the inputs of its products",
-        "command": f"python3 -m experiments.precision {' '.join(sys.argv[1:])}",
-        "commit": commit, "software": f"python {platform.python_version()}, torch {torch.__version__}", "images": args.images,
+    result = about | {
+        "what": "a small network on a CPU; TF32 emulated by rounding the inputs of its products", "images": args.images,
         "latent_std": samples["float32"][0].std().item(), "arms": found,
         "other_seeds": {"fd": fds, "std": torch.tensor(fds, dtype=torch.float64).std().item(), "range": max(fds) - min(fds)},
         "settings": samples["float32"][2],
